@@ -1,0 +1,140 @@
+"""Autograd of the ops, registered at import; every backward calls registered ops only.
+
+A forward is two ops, and what comes between them, the chunk states, is as large as q, k, v and o together.  So no cotangent ever
+flows *through* the chunk states.  ``chunk_output`` takes everything that they were made from as arguments, its backward returns
+the full gradient for all of those, and the chunk states are rebuilt instead of kept.  ``chunk_state`` answers for its final states
+only.  Both gradients are linear in their cotangents, so autograd's sum of the two is the gradient of the whole, and a training
+step that does not differentiate the final states pays for one.
+
+The gradient is that of the exact solve, with the forward's polynomial for both solves (docs/design.md).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+__all__: list[str] = []
+
+
+def _as_input(grad: Tensor, like: Tensor | None) -> Tensor | None:
+    return None if like is None else grad.to(like.dtype)
+
+
+def _chunk_state_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.num_heads, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(*output[:3])
+    ctx.set_materialize_grads(False)
+
+
+def _chunk_state_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    k, v, g, gk, beta, h0, u0, cu_seqlens = ctx.saved_tensors
+    dh_out, du_out = cotangents[3:]
+    if dh_out is None and du_out is None:
+        return (None,) * 10
+    sizes = (ctx.num_heads, ctx.chunk_size)
+    h_chunks, u_chunks, state_scales, _, _ = ops.chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, *sizes)
+    no_output = (None,) * 8
+    dh_chunks, du_chunks, dstate_scales, dh0, du0 = ops.chunk_state_bwd(
+        *(k, v, g, gk, beta, h_chunks, state_scales, *no_output, dh_out, du_out, cu_seqlens, 1.0, *sizes)
+    )
+    dk, dv, dg, dgk, dbeta = ops.chunk_grads(
+        *(k, v, g, gk, beta, h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
+        *(*no_output, None, cu_seqlens, 1.0, *sizes),
+    )
+    return (
+        *(dk, dv, _as_input(dg, g), _as_input(dgk, gk), _as_input(dbeta, beta)),
+        *(_as_input(dh0, h0), _as_input(du0, u0), None, None, None),
+    )
+
+
+ops.chunk_state.register_autograd(_chunk_state_backward, setup_context=_chunk_state_setup)
+
+
+def _chunk_output_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, g, gk, alpha, beta, h0, u0, _, _, _, cu_seqlens, *ctx.parameters, ctx.chunk_size = inputs
+    _, x, phi = output
+    ctx.save_for_backward(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, x, phi)
+    ctx.mark_non_differentiable(x, phi)
+    ctx.set_materialize_grads(False)
+
+
+def _chunk_output_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, x, phi = ctx.saved_tensors
+    do = cotangents[0]
+    if do is None:
+        return (None,) * 17
+    scale, ridge_ratio, num_iter = ctx.parameters
+    sizes = (q.shape[2], ctx.chunk_size)
+    h_chunks, u_chunks, state_scales, _, _ = ops.chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, *sizes)
+    dq, dalpha, y, y_scale, eta, mdm = ops.chunk_output_bwd(
+        *(do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, state_scales, x, phi),
+        *(cu_seqlens, scale, ridge_ratio, num_iter, ctx.chunk_size),
+    )
+    dh_chunks, du_chunks, dstate_scales, dh0, du0 = ops.chunk_state_bwd(
+        *(k, v, g, gk, beta, h_chunks, state_scales, do, q, alpha, x, phi, y, y_scale, eta),
+        *(None, None, cu_seqlens, scale, *sizes),
+    )
+    dk, dv, dg, dgk, dbeta = ops.chunk_grads(
+        *(k, v, g, gk, beta, h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
+        *(do, q, alpha, x, phi, y, y_scale, eta, mdm, cu_seqlens, scale, *sizes),
+    )
+    return (
+        *(dq, dk, dv, _as_input(dg, g), _as_input(dgk, gk), _as_input(dalpha, alpha), _as_input(dbeta, beta)),
+        *(_as_input(dh0, h0), _as_input(du0, u0), *(None,) * 8),
+    )
+
+
+ops.chunk_output.register_autograd(_chunk_output_backward, setup_context=_chunk_output_setup)
+
+
+STEP_CHUNK = 16  # the backward of a step is that of a sequence of one token; the smallest chunk wastes least
+
+
+def _step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.scale, ctx.ridge_ratio, ctx.num_iter = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _step_backward(ctx: Any, do: Tensor | None, dh: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
+    def with_time(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.unsqueeze(1)
+
+    *per_token, = ctx.saved_tensors
+    h, u = per_token[3:5]
+    q, k, v, g, gk, alpha, beta = (with_time(t) for t in per_token[:3] + per_token[5:])
+    assert q is not None and k is not None and v is not None
+    parameters, sizes = (ctx.scale, ctx.ridge_ratio, ctx.num_iter), (q.shape[2], STEP_CHUNK)
+    h_chunks, u_chunks, state_scales, _, _ = ops.chunk_state(k, v, g, gk, beta, h, u, None, *sizes)
+    states = (h_chunks, u_chunks, state_scales)
+    dq = dalpha = None
+    read: tuple[Tensor | None, ...] = (None,) * 9
+    if do is not None:
+        do = do.unsqueeze(1)
+        _, x, phi = ops.chunk_output(q, k, v, g, gk, alpha, beta, h, u, *states, None, *parameters, STEP_CHUNK)
+        dq, dalpha, y, y_scale, eta, mdm = ops.chunk_output_bwd(
+            do, q, k, v, g, gk, alpha, beta, *states, x, phi, None, *parameters, STEP_CHUNK
+        )
+        read = (do, q, alpha, x, phi, y, y_scale, eta, mdm)
+    dh_chunks, du_chunks, dstate_scales, dh0, du0 = ops.chunk_state_bwd(
+        k, v, g, gk, beta, h_chunks, state_scales, *read[:-1], dh, du, None, ctx.scale, *sizes
+    )
+    dk, dv, dg, dgk, dbeta = ops.chunk_grads(
+        k, v, g, gk, beta, *states, dh_chunks, du_chunks, dstate_scales, *read, None, ctx.scale, *sizes
+    )
+
+    def without_time(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if grad is None or like is None else grad.squeeze(1).to(like.dtype)
+
+    return (
+        *(without_time(dq, q), without_time(dk, k), without_time(dv, v), dh0, du0),
+        *(without_time(dg, g), without_time(dgk, gk), without_time(dalpha, alpha), without_time(dbeta, beta)),
+        *(None, None, None),
+    )
+
+
+ops.step.register_autograd(_step_backward, setup_context=_step_setup)

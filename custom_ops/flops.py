@@ -1,0 +1,56 @@
+"""FLOP formulas of the ops for ``torch.utils.flop_counter``: multiply-adds of the matrix products count as two."""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+__all__: list[str] = []
+
+gka = torch.ops.gka
+
+
+def _tokens(shape: Any) -> int:
+    return int(shape[0] * shape[1])
+
+
+def _solve(tokens: int, H: int, K: int, C: int, num_iter: int) -> int:
+    """φ and N applications of H_t: one product with H_c, two with the keys of the chunk."""
+    return 2 * tokens * H * (num_iter * (K * K + 2 * C * K) + K * K + C * K + C * C)
+
+
+@register_flop_formula([gka.chunk_state, gka.chunk_state_cpu])
+def _chunk_state(k: Any, v: Any, g: Any, gk: Any, beta: Any, h0: Any, u0: Any, cu: Any, H: int, C: int, **_: Any) -> int:
+    return 2 * _tokens(k) * H * k[-1] * (k[-1] + v[-1])
+
+
+@register_flop_formula([gka.chunk_output, gka.chunk_output_cpu])
+def _chunk_output(q: Any, k: Any, v: Any, *args: Any, **_: Any) -> int:
+    num_iter, C = args[-2:]
+    (H, K), V, tokens = q[2:], v[-1], _tokens(q)
+    return _solve(tokens, H, K, C, num_iter) + 2 * tokens * H * (K * V + C * (K + V))
+
+
+@register_flop_formula([gka.chunk_output_bwd, gka.chunk_output_bwd_cpu])
+def _chunk_output_bwd(do: Any, q: Any, k: Any, v: Any, *args: Any, **_: Any) -> int:
+    return _chunk_output(q, k, v, *args)
+
+
+@register_flop_formula([gka.chunk_state_bwd, gka.chunk_state_bwd_cpu])
+def _chunk_state_bwd(k: Any, v: Any, *args: Any, **_: Any) -> int:
+    H = args[-2]
+    return 2 * _tokens(k) * H * k[-1] * (3 * k[-1] + v[-1])
+
+
+@register_flop_formula([gka.chunk_grads, gka.chunk_grads_cpu])
+def _chunk_grads(k: Any, v: Any, *args: Any, **_: Any) -> int:
+    H, C = args[-2:]
+    K, V = k[-1], v[-1]
+    return 2 * _tokens(k) * H * (2 * K * K + 2 * K * V + C * (6 * K + 2 * (K + V) + C))
+
+
+@register_flop_formula([gka.step, gka.step_cpu, gka.step_, gka.step__cpu])
+def _step(q: Any, k: Any, v: Any, *args: Any, **_: Any) -> int:
+    num_iter = args[-1]
+    (B, H, K), V = q, v[-1]
+    return 2 * B * H * (K * (num_iter + 2) * K + 2 * K * V)

@@ -1,0 +1,499 @@
+"""The ops of the ``gka`` namespace, registered when this module is imported.
+
+Each op is one kernel launch:
+
+    chunk_state       (k, v, decays, initial state)      → states before every chunk, final state
+    chunk_output      (q, k, v, decays, alpha, states)   → o, and the solve's by-products that the backward reuses
+    chunk_output_bwd  the adjoint solve: gradients of q and alpha, and what the next two need
+    chunk_state_bwd   cotangents of the states, backwards in time
+    chunk_grads       gradients of k, v, g, gk and beta, all chunks at once
+    step, step_       one token: functional, and in place on the states
+
+An op is a ``torch.library.triton_op``: ``torch.export`` keeps it as one node, and Inductor and AOTInductor open it, so that its
+Triton kernel ends up inside the compiled artifact.  On CPU tensors the body calls its twin ``<name>_cpu``, an opaque op that runs
+:mod:`.reference` (or, under TRITON_INTERPRET=1, the Triton kernel itself): were the reference traced instead, its loop over chunks
+would be unrolled at one length.  Each op reads, in this order: its outputs (shapes and dtypes: the fake implementation, and what
+the kernel fills), the op, its twin.  Autograd is in :mod:`.autograd`, docs/design.md has the reasons.
+
+Shapes: B batch, T time, H heads, Hk key/value heads (Hk divides H), K key width, V value width, C = ``chunk_size``, S chunk slots
+(:func:`.reference.num_slots`), N sequences (B, or the number of packed ones).  *Stored* tensors are float16 beside 16-bit inputs,
+otherwise of the compute dtype (float32, float64 beside float64); everything else that is not q, k, v, o or their gradients is
+float32 (float64 beside float64).  Outputs that stand for an absent optional input are empty tensors.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch.library import custom_op, triton_op
+
+from . import reference
+from .reference import compute_dtype, num_slots, storage_dtype
+
+try:
+    from .kernels import (
+        launch_chunk_grads,
+        launch_chunk_output,
+        launch_chunk_output_bwd,
+        launch_chunk_state,
+        launch_chunk_state_bwd,
+        launch_step,
+    )
+except ImportError as error:  # no Triton on this machine: CPU tensors only
+    if (error.name or "").split(".")[0] != "triton":
+        raise
+
+    def _no_triton(*_: Any) -> Any:
+        raise RuntimeError("gka ops on a GPU, or under TRITON_INTERPRET=1, need Triton, which is not installed: pip install triton")
+
+    launch_chunk_grads = launch_chunk_output = launch_chunk_output_bwd = _no_triton
+    launch_chunk_state = launch_chunk_state_bwd = launch_step = _no_triton
+
+__all__ = [
+    "chunk_grads",
+    "chunk_output",
+    "chunk_output_bwd",
+    "chunk_state",
+    "chunk_state_bwd",
+    "interpreting",
+    "step",
+    "step_",
+]
+
+Tensors3 = tuple[Tensor, Tensor, Tensor]
+Tensors5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Tensors6 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1 asks for the Triton kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _register(
+    name: str,
+    body: Callable[..., Any],
+    outputs: Callable[..., Any],
+    specification: Callable[..., Any],
+    launch: Callable[..., Any],
+    mutates: Sequence[str] = (),
+) -> tuple[CustomOpDef, CustomOpDef]:
+    """Register ``gka::<name>`` from its typed body, and ``gka::<name>_cpu``, opaque to every compiler."""
+
+    def run_on_cpu(*args: Any) -> Any:
+        if interpreting():
+            if args[0].dtype == torch.float64:
+                raise TypeError("dtype float64 is computed by the reference alone: unset TRITON_INTERPRET")
+            out = outputs(*args)
+            launch(*args, out)
+            return out
+        result = specification(*args)
+        if isinstance(result, Tensor):
+            return result
+        # an op returns neither an input nor a view of one
+        held = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        return tuple(r.clone() if r.untyped_storage().data_ptr() in held else r.contiguous() for r in result)
+
+    op = triton_op(f"gka::{name}", body, mutates_args=mutates)
+    schema = str(getattr(torch.ops.gka, name).default._schema).removeprefix(f"gka::{name}")
+    twin = custom_op(f"gka::{name}_cpu", run_on_cpu, mutates_args=mutates, schema=schema, device_types="cpu")
+    op.register_fake(outputs)
+    twin.register_fake(outputs)
+    return op, twin
+
+
+# --- chunk_state -----------------------------------------------------------------------------------------------------------
+
+
+def _chunk_state_outputs(k, v, g, gk, beta, h0, u0, cu_seqlens, num_heads, chunk_size):  # type: ignore[no-untyped-def]
+    (B, T, Hk, K), V, H = k.shape, v.shape[-1], num_heads
+    for x in (v.shape[:3], *(t.shape for t in (g, gk, beta) if t is not None)):
+        torch._check(x[0] == B)
+        torch._check(x[1] == T)
+    S = num_slots(B, T, cu_seqlens, chunk_size)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    stored, exact = storage_dtype(k), compute_dtype(k)
+    return (
+        k.new_empty(S, H, K, K, dtype=stored),
+        k.new_empty(S, H, K, V, dtype=stored),
+        k.new_empty(S, H, K + V, dtype=torch.float32),
+        k.new_empty(N, H, K, K, dtype=exact),
+        k.new_empty(N, H, K, V, dtype=exact),
+    )
+
+
+def _chunk_state(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    beta: Tensor | None,
+    h0: Tensor | None,
+    u0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_heads: int,
+    chunk_size: int,
+) -> Tensors5:
+    """States before every chunk, and after the last.
+
+    Args:
+        k [B,T,Hk,K], v [B,T,Hk,V]: keys and values, float64 (CPU only), float32, float16 or bfloat16.
+        g, gk, beta [B,T,H]: log decays of U and of H, and the factor of k and v; None: no decay, 1.
+        h0 [N,H,K,K], u0 [N,H,K,V]: initial states; None: zeros.
+        cu_seqlens [N+1]: bounds of packed sequences (then B = 1); None: B sequences of length T.
+        num_heads, chunk_size: H and C.
+
+    Returns:
+        h_chunks [S,H,K,K], u_chunks [S,H,K,V]: stored; column j of a state is ``chunks[..., j] * state_scales[..., j]``.
+        state_scales [S,H,K+V]: powers of two, first the K columns of H, then the V columns of U; ones unless stored as float16.
+        h_out [N,H,K,K], u_out [N,H,K,V]: final states.
+    """
+    args = (k, v, g, gk, beta, h0, u0, cu_seqlens, num_heads, chunk_size)
+    if k.device.type == "cpu":
+        return chunk_state_cpu(*args)
+    out = _chunk_state_outputs(*args)
+    launch_chunk_state(*args, out)
+    return out
+
+
+chunk_state, chunk_state_cpu = _register(
+    "chunk_state", _chunk_state, _chunk_state_outputs, reference.chunk_state, launch_chunk_state
+)
+
+
+# --- chunk_output ----------------------------------------------------------------------------------------------------------
+
+
+def _chunk_output_outputs(  # type: ignore[no-untyped-def]
+    q, k, v, g, gk, alpha, beta, h0, u0, h_chunks, u_chunks, state_scales, cu_seqlens, scale, ridge_ratio, num_iter, chunk_size
+):
+    (B, T, H, K), V = q.shape, v.shape[-1]
+    for x in (k, v, *(t for t in (g, gk, alpha, beta) if t is not None)):
+        torch._check(x.shape[0] == B)
+        torch._check(x.shape[1] == T)
+    return (
+        q.new_empty(B, T, H, V),
+        q.new_empty(B, T, H, K, dtype=storage_dtype(q)),
+        q.new_empty(B, T, H, dtype=compute_dtype(q)),
+    )
+
+
+def _chunk_output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    h0: Tensor | None,
+    u0: Tensor | None,
+    h_chunks: Tensor,
+    u_chunks: Tensor,
+    state_scales: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+    chunk_size: int,
+) -> Tensors3:
+    """Solve (H_t + a‖H_t‖_F I) x_t = q_t for every token and read out o_t = scale · U_tᵀ (q_t + α_t (x_t − q_t)).
+
+    Args:
+        q [B,T,H,K], alpha [B,T,H] (None: 1); k, v, g, gk, beta, h0, u0, cu_seqlens, chunk_size as given to ``chunk_state``,
+        h_chunks, u_chunks, state_scales as returned by it. h0 and u0 are not read: the chunk states hold them. They are
+        arguments because gradients flow to what the states were made from, never to the chunk states themselves.
+        ridge_ratio, num_iter: a and N.
+
+    Returns:
+        o [B,T,H,V] in q's dtype; x [B,T,H,K] stored: the solution normalised to φ_t x_t / ‖q_t‖; phi [B,T,H]: φ_t = ‖H_t‖_F.
+        x and phi are for the backward and carry no gradient.
+    """
+    args = (
+        *(q, k, v, g, gk, alpha, beta, h0, u0, h_chunks, u_chunks, state_scales, cu_seqlens),
+        *(scale, ridge_ratio, num_iter, chunk_size),
+    )
+    if q.device.type == "cpu":
+        return chunk_output_cpu(*args)
+    out = _chunk_output_outputs(*args)
+    launch_chunk_output(*args, out)
+    return out
+
+
+chunk_output, chunk_output_cpu = _register(
+    "chunk_output", _chunk_output, _chunk_output_outputs, reference.chunk_output, launch_chunk_output
+)
+
+
+# --- chunk_output_bwd ------------------------------------------------------------------------------------------------------
+
+
+def _chunk_output_bwd_outputs(  # type: ignore[no-untyped-def]
+    do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, state_scales, x, phi, cu_seqlens, scale, ridge_ratio, num_iter, chunk_size
+):
+    exact = compute_dtype(q)
+    per_token = q.shape[:3]
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(0 if alpha is None else per_token, dtype=exact),
+        q.new_empty(q.shape, dtype=storage_dtype(q)),
+        q.new_empty(per_token, dtype=exact),
+        q.new_empty(per_token, dtype=exact),
+        q.new_empty(per_token, dtype=exact),
+    )
+
+
+def _chunk_output_bwd(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    h_chunks: Tensor,
+    u_chunks: Tensor,
+    state_scales: Tensor,
+    x: Tensor,
+    phi: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+    chunk_size: int,
+) -> Tensors6:
+    """The adjoint solve y_t = (H_t + λ_t I)^{-1} dx_t: the forward's solve again, on the cotangent.
+
+    Args:
+        do [B,T,H,V]: cotangent of o; the rest as in ``chunk_output``, x and phi its results.
+
+    Returns:
+        dq [B,T,H,K] in q's dtype, dalpha [B,T,H] (empty without alpha); for the next two ops y [B,T,H,K] stored, normalised
+        so that y_t is ``y * y_scale``; y_scale [B,T,H]; eta [B,T,H]: η_t = a (x_t·y_t)/φ_t; mdm [B,T,H]: m_t·dm_t.
+    """
+    args = (
+        *(do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, state_scales, x, phi, cu_seqlens),
+        *(scale, ridge_ratio, num_iter, chunk_size),
+    )
+    if do.device.type == "cpu":
+        return chunk_output_bwd_cpu(*args)
+    out = _chunk_output_bwd_outputs(*args)
+    launch_chunk_output_bwd(*args, out)
+    return out
+
+
+chunk_output_bwd, chunk_output_bwd_cpu = _register(
+    "chunk_output_bwd", _chunk_output_bwd, _chunk_output_bwd_outputs, reference.chunk_output_bwd, launch_chunk_output_bwd
+)
+
+
+# --- chunk_state_bwd -------------------------------------------------------------------------------------------------------
+
+
+def _chunk_state_bwd_outputs(*args):  # type: ignore[no-untyped-def]
+    k, v, g, gk, beta = args[:5]
+    cu_seqlens, _, num_heads, chunk_size = args[-4:]
+    return _chunk_state_outputs(k, v, g, gk, beta, None, None, cu_seqlens, num_heads, chunk_size)
+
+
+def _chunk_state_bwd(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    beta: Tensor | None,
+    h_chunks: Tensor,
+    state_scales: Tensor,
+    do: Tensor | None,
+    q: Tensor | None,
+    alpha: Tensor | None,
+    x: Tensor | None,
+    phi: Tensor | None,
+    y: Tensor | None,
+    y_scale: Tensor | None,
+    eta: Tensor | None,
+    dh_out: Tensor | None,
+    du_out: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    num_heads: int,
+    chunk_size: int,
+) -> Tensors5:
+    """Cotangents of the states, backwards in time.
+
+    Args:
+        k … chunk_size as given to ``chunk_state``, h_chunks and state_scales its results.
+        do, q, alpha, x, phi, y, y_scale, eta: the cotangent of o and what the two solves left; all None where only the final
+        states have a cotangent.
+        dh_out [N,H,K,K], du_out [N,H,K,V]: cotangents of the final states, None: zero.
+
+    Returns:
+        dh_chunks [S,H,K,K], du_chunks [S,H,K,V], dstate_scales [S,H,K+V]: cotangent of the state *after* each chunk, from all
+        that follows it, stored as in ``chunk_state``.
+        dh0 [N,H,K,K] (its symmetric part, which is what is defined), du0 [N,H,K,V]: cotangents of the initial states.
+    """
+    args = (
+        *(k, v, g, gk, beta, h_chunks, state_scales, do, q, alpha, x, phi, y, y_scale, eta),
+        *(dh_out, du_out, cu_seqlens, scale, num_heads, chunk_size),
+    )
+    if k.device.type == "cpu":
+        return chunk_state_bwd_cpu(*args)
+    out = _chunk_state_bwd_outputs(*args)
+    launch_chunk_state_bwd(*args, out)
+    return out
+
+
+chunk_state_bwd, chunk_state_bwd_cpu = _register(
+    "chunk_state_bwd", _chunk_state_bwd, _chunk_state_bwd_outputs, reference.chunk_state_bwd, launch_chunk_state_bwd
+)
+
+
+# --- chunk_grads -----------------------------------------------------------------------------------------------------------
+
+
+def _chunk_grads_outputs(*args):  # type: ignore[no-untyped-def]
+    k, v, g, gk, beta = args[:5]
+    num_heads = args[-2]
+    per_token = (*k.shape[:2], num_heads)
+    return (
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        *(k.new_empty(0 if t is None else per_token, dtype=compute_dtype(k)) for t in (g, gk, beta)),
+    )
+
+
+def _chunk_grads(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    beta: Tensor | None,
+    h_chunks: Tensor,
+    u_chunks: Tensor,
+    state_scales: Tensor,
+    dh_chunks: Tensor,
+    du_chunks: Tensor,
+    dstate_scales: Tensor,
+    do: Tensor | None,
+    q: Tensor | None,
+    alpha: Tensor | None,
+    x: Tensor | None,
+    phi: Tensor | None,
+    y: Tensor | None,
+    y_scale: Tensor | None,
+    eta: Tensor | None,
+    mdm: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    num_heads: int,
+    chunk_size: int,
+) -> Tensors5:
+    """Gradients of what made the states, all chunks at once.
+
+    Args: as in ``chunk_state_bwd``, with its results dh_chunks, du_chunks, dstate_scales.
+
+    Returns:
+        dk [B,T,Hk,K], dv [B,T,Hk,V] in k's dtype, summed over the heads that share a key; dg, dgk, dbeta [B,T,H], each empty
+        where the input is absent.
+    """
+    args = (
+        *(k, v, g, gk, beta, h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
+        *(do, q, alpha, x, phi, y, y_scale, eta, mdm, cu_seqlens, scale, num_heads, chunk_size),
+    )
+    if k.device.type == "cpu":
+        return chunk_grads_cpu(*args)
+    out = _chunk_grads_outputs(*args)
+    launch_chunk_grads(*args, out)
+    return out
+
+
+chunk_grads, chunk_grads_cpu = _register(
+    "chunk_grads", _chunk_grads, _chunk_grads_outputs, reference.chunk_grads, launch_chunk_grads
+)
+
+
+# --- step and step_ --------------------------------------------------------------------------------------------------------
+
+
+def _step__outputs(q, k, v, h, u, g, gk, alpha, beta, scale, ridge_ratio, num_iter):  # type: ignore[no-untyped-def]
+    for x in (k, v, h, u, *(t for t in (g, gk, alpha, beta) if t is not None)):
+        torch._check(x.shape[0] == q.shape[0])
+    return q.new_empty(*q.shape[:2], v.shape[-1])
+
+
+def _step_outputs(q, k, v, h, u, g, gk, alpha, beta, scale, ridge_ratio, num_iter):  # type: ignore[no-untyped-def]
+    o = _step__outputs(q, k, v, h, u, g, gk, alpha, beta, scale, ridge_ratio, num_iter)
+    return o, h.new_empty(h.shape), u.new_empty(u.shape)
+
+
+def _launch_step_(*args: Any) -> None:
+    *inputs, o = args
+    launch_step(*inputs, (o, inputs[3], inputs[4]))
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    h: Tensor,
+    u: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+) -> Tensors3:
+    """One token per sequence.
+
+    Args:
+        q [B,H,K], k [B,Hk,K], v [B,Hk,V]; h [B,H,K,K], u [B,H,K,V]: states; g, gk, alpha, beta [B,H] or None.
+
+    Returns:
+        o [B,H,V] in q's dtype, and the new h and u.
+    """
+    args = (q, k, v, h, u, g, gk, alpha, beta, scale, ridge_ratio, num_iter)
+    if q.device.type == "cpu":
+        return step_cpu(*args)
+    out = _step_outputs(*args)
+    launch_step(*args, out)
+    return out
+
+
+def _step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    h: Tensor,
+    u: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+) -> Tensor:
+    """``step`` with the states h and u updated in place; returns o. No autograd."""
+    args = (q, k, v, h, u, g, gk, alpha, beta, scale, ridge_ratio, num_iter)
+    if q.device.type == "cpu":
+        return step__cpu(*args)
+    o = _step__outputs(*args)
+    launch_step(*args, (o, h, u))
+    return o
+
+
+def _step_reference(*args: Any) -> Tensor:
+    o, h, u = reference.step(*args)
+    args[3].copy_(h)
+    args[4].copy_(u)
+    return o
+
+
+step, step_cpu = _register("step", _step, _step_outputs, reference.step, launch_step)
+step_, step__cpu = _register("step_", _step_, _step__outputs, _step_reference, _launch_step_, ("h", "u"))

@@ -1,0 +1,141 @@
+"""The functional API: validate, call the ops, return a NamedTuple."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .custom_ops import config, ops
+from .validation import check_chunk, check_step
+
+__all__ = ["GKAState", "chunk_gka", "step_gka"]
+
+
+class GKAState(NamedTuple):
+    """The recurrent state of N sequences, float32 (float64 beside float64 inputs)."""
+
+    h_kk: Tensor
+    """H [N, H, K, K]: decayed sum of k̂k̂ᵀ, symmetric positive semi-definite."""
+    h_kv: Tensor
+    """U [N, H, K, V]: decayed sum of k̂v̂ᵀ."""
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast q, k and v follow it; decays and states keep their precision."""
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+    return q, k, v
+
+
+def chunk_gka(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    alpha: Tensor | None = None,
+    scale: float | None = None,
+    ridge_ratio: float = config.RIDGE_RATIO,
+    num_iter: int = config.NUM_ITER,
+    initial_state: GKAState | tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    *,
+    beta: Tensor | None = None,
+) -> tuple[Tensor, GKAState | None]:
+    """Gated KalmaNet over whole sequences (arXiv 2511.21016), linear in T.
+
+        H_t = exp(gk_t) H_{t-1} + β_t² k_t k_tᵀ          U_t = exp(g_t) U_{t-1} + β_t² k_t v_tᵀ
+        x_t ≈ (H_t + a‖H_t‖_F I)^{-1} q_t                 by ``num_iter`` Chebyshev iterations
+        o_t = scale · U_tᵀ (q_t + α_t (x_t − q_t))
+
+    Args:
+        q: queries [B, T, H, K]; float32, float16 or bfloat16, float64 on the CPU. K is a multiple of 8, at most 128.
+        k: keys [B, T, Hk, K]; Hk divides H, and key head j serves query heads j·H/Hk to (j+1)·H/Hk − 1.
+        v: values [B, T, Hk, V]; V is a multiple of 8, at most 128. k and v have q's dtype.
+        g: natural-log decay of U, at most 0 [B, T, H], float32 or q's dtype. None: U does not decay.
+        gk: natural-log decay of H, likewise. None: H does not decay.
+        alpha: how much of the solution replaces the query [B, T, H]. None: all of it (m = x).
+        scale: factor of the output. None: K^{-1/2}.
+        ridge_ratio: a > 0, the ridge λ_t as a ratio of ‖H_t‖_F (not λ itself).
+        num_iter: Chebyshev iterations, at least 1.
+        initial_state: (h_kk [N, H, K, K], h_kv [N, H, K, V]), h_kk symmetric positive semi-definite; N is B, or the number of
+            packed sequences. float32 (float64 beside float64). None: zeros.
+        output_final_state: return the state after the last token.
+        cu_seqlens: bounds [N + 1] of sequences packed along T, int32 or int64, from 0 to T; then B = 1. States start anew
+            (from initial_state) at each bound.
+        beta: factor of both k and v [B, T, H]. None: 1.
+
+    Returns:
+        o [B, T, H, V] in q's dtype, and the final :class:`GKAState`, or None.
+
+    Everything but cu_seqlens is differentiable, and so are both final states; the gradient is that of the exact solve. For
+    initial_state's h_kk it is the symmetric part, for no other part is defined.
+
+    A token with k = v = 0 and g = gk = 0 (padding) leaves the state as it was; where H_t = 0, x_t = 0.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
+    check_chunk(q, k, v, gates, scale, ridge_ratio, num_iter, initial_state, cu_seqlens)
+    q, k, v = _autocast(q, k, v)
+    H, K, V = q.shape[2], q.shape[3], v.shape[3]
+    h0, u0 = (None, None) if initial_state is None else initial_state
+    C = config.chunk_size(q.device.type, K, V)
+    scale = K**-0.5 if scale is None else float(scale)
+    h_chunks, u_chunks, state_scales, h_out, u_out = ops.chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, H, C)
+    o, _, _ = ops.chunk_output(
+        *(q, k, v, g, gk, alpha, beta, h0, u0, h_chunks, u_chunks, state_scales, cu_seqlens),
+        *(scale, float(ridge_ratio), num_iter, C),
+    )
+    return o, GKAState(h_out, u_out) if output_final_state else None
+
+
+def step_gka(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: GKAState | tuple[Tensor, Tensor],
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    alpha: Tensor | None = None,
+    scale: float | None = None,
+    ridge_ratio: float = config.RIDGE_RATIO,
+    num_iter: int = config.NUM_ITER,
+    *,
+    beta: Tensor | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, GKAState]:
+    """One token of :func:`chunk_gka` for each of B sequences: the same function, the same polynomial.
+
+    Args:
+        q [B, H, K], k [B, Hk, K], v [B, Hk, V]; g, gk, alpha, beta [B, H] or None: as in :func:`chunk_gka`, without T.
+        state: (h_kk [B, H, K, K], h_kv [B, H, K, V]), float32 (float64 beside float64).
+        inplace: update the tensors of ``state`` instead of allocating new ones; not differentiable.
+
+    Returns:
+        o [B, H, V] in q's dtype, and the new :class:`GKAState` (the given tensors where ``inplace``).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
+    check_step(q, k, v, state, gates, scale, ridge_ratio, num_iter)
+    q, k, v = _autocast(q, k, v)
+    h, u = state
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    args = (q, k, v, h, u, g, gk, alpha, beta, scale, float(ridge_ratio), num_iter)
+    if not inplace:
+        o, h, u = ops.step(*args)
+        return o, GKAState(h, u)
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        raise ValueError("inplace: expected no argument that requires grad, got one that does: use torch.no_grad() or inplace=False")
+    for name, x in (("state.h_kk", h), ("state.h_kv", u)):
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor to update in place, got strides {x.stride()}")
+    return ops.step_(*args), GKAState(h, u)
