@@ -1,6 +1,6 @@
 """Every number that is chosen rather than computed, in one place."""
 
-__all__ = ["CPU_CHUNK", "RIDGE_RATIO", "NUM_ITER", "chunk_size"]
+__all__ = ["CPU_CHUNK", "NUM_ITER", "RIDGE_RATIO", "chunk_size", "launch_settings"]
 
 RIDGE_RATIO = 0.02  # a in λ = a‖H‖_F
 NUM_ITER = 30  # Chebyshev iterations; the error shrinks by 0.754 in each at a = 0.02
@@ -9,7 +9,26 @@ CPU_CHUNK = 64
 
 
 def chunk_size(device_type: str, K: int, V: int) -> int:
-    """Tokens per chunk. On a GPU the solve holds three [C, K] tiles in registers: 64 rows up to a width of 64, 32 beyond."""
+    """Tokens per chunk. On a GPU the solve holds four [C, K] tiles in registers: 64 rows up to a width of 64, 32 beyond."""
     if device_type == "cpu":
         return CPU_CHUNK
     return 64 if max(K, V) <= 64 else 32
+
+
+# (num_warps, num_stages) of each kernel up to a width of 64 and beyond, beside 16-bit inputs; nothing is tuned at run time.
+_LAUNCH = {
+    "chunk_state": ((4, 2), (4, 2)),
+    "chunk_output": ((4, 1), (4, 1)),
+    "chunk_output_bwd": ((4, 1), (4, 1)),
+    "chunk_state_bwd": ((4, 1), (4, 1)),
+    "chunk_grads": ((4, 1), (4, 1)),
+    "step": ((4, 1), (8, 1)),
+}
+
+
+def launch_settings(kernel: str, width: int, itemsize: int) -> dict[str, int]:
+    """num_warps and num_stages of a kernel; float32 operands take twice the registers, so twice the warps, and no pipelining."""
+    num_warps, num_stages = _LAUNCH[kernel][0 if width <= 64 else 1]
+    if itemsize == 4 and kernel != "step":
+        num_warps, num_stages = 2 * num_warps, 1
+    return {"num_warps": num_warps, "num_stages": num_stages}

@@ -93,9 +93,13 @@ def _register(
         result = specification(*args)
         if isinstance(result, Tensor):
             return result
-        # an op returns neither an input nor a view of one
         held = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-        return tuple(r.clone() if r.untyped_storage().data_ptr() in held else r.contiguous() for r in result)
+        distinct = []
+        for r in result:  # an op returns neither an input, nor a view of one, nor one tensor twice
+            r = r.clone() if r.untyped_storage().data_ptr() in held else r.contiguous()
+            held.add(r.untyped_storage().data_ptr())
+            distinct.append(r)
+        return tuple(distinct)
 
     op = triton_op(f"gka::{name}", body, mutates_args=mutates)
     schema = str(getattr(torch.ops.gka, name).default._schema).removeprefix(f"gka::{name}")

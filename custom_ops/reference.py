@@ -119,15 +119,15 @@ def _token_slots(T: int, cu_seqlens: Tensor, chunk_size: int) -> Tensor:
 
 def split(x: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Tensor:
     """[B, T, H, ...] to chunks [S, H, C, ...]; rows past the end of a sequence are zero."""
-    B, T = x.shape[:2]
+    B, T, *rest = x.shape
     S = num_slots(B, T, cu_seqlens, chunk_size)
     if cu_seqlens is None:
         pad = (T + chunk_size - 1) // chunk_size * chunk_size - T
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
     else:
         place = _token_slots(T, cu_seqlens.long(), chunk_size)
-        x = x.new_zeros(S * chunk_size, *x.shape[2:]).index_copy(0, place, x[0])
-    return x.reshape(S, chunk_size, *x.shape[2:]).transpose(1, 2)
+        x = x.new_zeros(S * chunk_size, *rest).index_copy(0, place, x[0])
+    return x.reshape(S, chunk_size, *rest).transpose(1, 2)
 
 
 def join(x: Tensor, B: int, T: int, cu_seqlens: Tensor | None) -> Tensor:
@@ -202,12 +202,12 @@ def store_states(h: Tensor, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     """States to their stored form: (h_chunks, u_chunks, state_scales [S, H, K + V]).
 
     float16 has the digits but not the range, so every column is divided by a power of two that brings its largest entry
-    into (1/2, 1].  Wider dtypes are stored as they are, with scales of one.
+    into [1, 2).  Wider dtypes are stored as they are, with scales of one.
     """
     if dtype != torch.float16:
         return h.to(dtype), u.to(dtype), h.new_ones(h.shape[0], h.shape[1], h.shape[-1] + u.shape[-1], dtype=torch.float32)
     largest = torch.cat([h, u], -1).abs().amax(-2)
-    scales = torch.where(largest > 0, largest, 1.0).log2().ceil().clamp(-126, 126).exp2()
+    scales = torch.where(largest > 0, largest, 1.0).log2().floor().clamp(-126, 126).exp2()
     scale_h, scale_u = scales.unsqueeze(-2).split([h.shape[-1], u.shape[-1]], -1)
     return (h / scale_h).to(dtype), (u / scale_u).to(dtype), scales
 

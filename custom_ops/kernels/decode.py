@@ -1,0 +1,148 @@
+"""step and step_: one token of every sequence, states updated on the way through."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch.library import wrap_triton
+
+from .launch import Tensors, block, compact, on_device, polynomial, present, settings
+from .tile import reciprocal
+
+__all__ = ["launch_step", "step_kernel"]
+
+
+@triton.jit
+def scalar(ptr, place, absent: tl.constexpr, HAS: tl.constexpr):
+    if HAS:
+        return tl.load(ptr + place).to(tl.float32)
+    else:
+        return absent
+
+
+@triton.jit
+def step_kernel(
+    q_ptr,  # [B, H, K]
+    k_ptr,  # [B, Hk, K]
+    v_ptr,  # [B, Hk, V]
+    h_ptr,  # [B, H, K, K]
+    u_ptr,  # [B, H, K, V]
+    g_ptr,  # [B, H]
+    gk_ptr,  # [B, H]
+    alpha_ptr,  # [B, H]
+    beta_ptr,  # [B, H]
+    o_ptr,  # [B, H, V]
+    h_out_ptr,  # [B, H, K, K], may be h_ptr
+    u_out_ptr,  # [B, H, K, V], may be u_ptr
+    scale,
+    H,
+    Hk,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    NUM_ITER: tl.constexpr,
+    TAU: tl.constexpr,
+    FRONT: tl.constexpr,
+    TAIL: tl.constexpr,
+    HAS_G: tl.constexpr,
+    HAS_GK: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+):
+    """Grid (B · H). H stays in registers through all iterations.
+
+    H is symmetric, so H t is a sum over either axis: taking the axes in turn, each iterate comes out along the axis that the
+    next one needs, and no iteration moves data between threads but for its own sum. Z = 2H/φ − I is formed for that reason.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    b = pid // H
+    head = pid % H
+    kv_place = b * Hk + head // (H // Hk)
+    row = tl.arange(0, BK)
+    beta = scalar(beta_ptr, pid, 1.0, HAS_BETA)
+    k = tl.load(k_ptr + kv_place * K + row, mask=row < K, other=0.0).to(tl.float32) * beta
+    q = tl.load(q_ptr + pid * K + row, mask=row < K, other=0.0).to(tl.float32)
+
+    place = row[:, None] * K + row[None, :]
+    inside = (row[:, None] < K) & (row[None, :] < K)
+    h = tl.load(h_ptr + pid * (K * K) + place, mask=inside, other=0.0)
+    if HAS_GK:
+        h *= tl.exp(scalar(gk_ptr, pid, 0.0, HAS_GK))
+    h += k[:, None] * k[None, :]
+    tl.store(h_out_ptr + pid * (K * K) + place, h, mask=inside)
+    phi = tl.sqrt(tl.sum(tl.sum(h * h, 1), 0))
+    gain = reciprocal(phi)
+    z2 = h * (4.0 * gain) - tl.where(row[:, None] == row[None, :], 2.0, 0.0)  # 2 Z
+
+    # even iterates lie along axis 1, odd ones along axis 0
+    even = q
+    odd = 0.5 * tl.sum(z2 * even[None, :], 1)
+    power = -TAU
+    tail = -TAIL / TAU
+    x_even = FRONT * (1.0 - TAIL) * even
+    x_odd = 2.0 * FRONT * (power - tail) * odd
+    for _ in range((NUM_ITER - 1) // 2):
+        power *= -TAU
+        tail *= -1.0 / TAU
+        even = tl.sum(z2 * odd[:, None], 0) - even
+        x_even += 2.0 * FRONT * (power - tail) * even
+        power *= -TAU
+        tail *= -1.0 / TAU
+        odd = tl.sum(z2 * even[None, :], 1) - odd
+        x_odd += 2.0 * FRONT * (power - tail) * odd
+    if NUM_ITER % 2 == 0:
+        power *= -TAU
+        tail *= -1.0 / TAU
+        even = tl.sum(z2 * odd[:, None], 0) - even
+        x_even += 2.0 * FRONT * (power - tail) * even
+    x = (x_even + x_odd) * gain
+    m = x
+    if HAS_ALPHA:
+        m = q + scalar(alpha_ptr, pid, 1.0, HAS_ALPHA) * (x - q)
+
+    column = tl.arange(0, BV)
+    place = row[:, None] * V + column[None, :]
+    inside = (row[:, None] < K) & (column[None, :] < V)
+    v = tl.load(v_ptr + kv_place * V + column, mask=column < V, other=0.0).to(tl.float32) * beta
+    u = tl.load(u_ptr + pid * (K * V) + place, mask=inside, other=0.0)
+    if HAS_G:
+        u *= tl.exp(scalar(g_ptr, pid, 0.0, HAS_G))
+    u += k[:, None] * v[None, :]
+    tl.store(u_out_ptr + pid * (K * V) + place, u, mask=inside)
+    o = scale * tl.sum(u * m[:, None], 0)
+    tl.store(o_ptr + pid * V + column, o.to(o_ptr.dtype.element_ty), mask=column < V)
+
+
+def launch_step(
+    q: Any,
+    k: Any,
+    v: Any,
+    h: Any,
+    u: Any,
+    g: Any,
+    gk: Any,
+    alpha: Any,
+    beta: Any,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+    out: Tensors,
+) -> None:
+    """Fill ``out`` = (o, h, u) as ``ops.step`` describes; the last two may be the inputs."""
+    q, k, v, h, u, g, gk, alpha, beta = compact(q, k, v, h, u, g, gk, alpha, beta)
+    (B, H, K), (Hk, V) = q.shape, v.shape[1:]
+    with on_device(q):
+        wrap_triton(step_kernel)[(B * H,)](
+            *(q, k, v, h, u, *present(q, g, gk, alpha, beta), *out, scale, H, Hk),
+            K=K,
+            V=V,
+            BK=block(K),
+            BV=block(V),
+            **polynomial(ridge_ratio, num_iter),
+            HAS_G=g is not None,
+            HAS_GK=gk is not None,
+            HAS_ALPHA=alpha is not None,
+            HAS_BETA=beta is not None,
+            **settings("step", h, K, V),
+        )

@@ -1,0 +1,57 @@
+"""What every launcher needs: contiguous inputs, stand-ins for absent ones, block sizes, pinned launch settings, the device."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import config
+from ..polynomial import chebyshev_tau
+
+__all__ = ["Tensors", "block", "compact", "on_device", "operand", "polynomial", "present", "settings"]
+
+Tensors = Sequence[Tensor]
+
+
+def compact(*tensors: Any) -> list[Any]:
+    """Inputs as contiguous tensors; None stays."""
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def present(stand_in: Tensor, *tensors: Any) -> list[Tensor]:
+    """Absent inputs replaced by a tensor that the kernel is told not to read."""
+    return [stand_in if t is None else t for t in tensors]
+
+
+def block(width: int) -> int:
+    """A head width rounded up to what tl.dot takes."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def operand(dtype: torch.dtype) -> Any:
+    """Operand precision of the matrix products beside inputs of ``dtype``; see tile.py."""
+    return tl.float16 if dtype.itemsize == 2 else tl.float32
+
+
+def polynomial(ridge_ratio: float, num_iter: int) -> dict[str, Any]:
+    """The solve's constexprs; see polynomial.py."""
+    tau = chebyshev_tau(ridge_ratio)
+    tail = tau ** (2 * (num_iter + 1))
+    front = 4.0 * tau / ((1.0 - tau * tau) * (1.0 + tail))  # 2 / (sinh θ (1 + τ^{2(N+1)}))
+    return {"NUM_ITER": num_iter, "TAU": tau, "FRONT": front, "TAIL": tail}
+
+
+def settings(kernel: str, x: Tensor, *widths: int) -> dict[str, int]:
+    """Pinned num_warps and num_stages."""
+    return config.launch_settings(kernel, max(widths), x.dtype.itemsize)
+
+
+def on_device(x: Tensor) -> Any:
+    """Make x's GPU the current one for a launch."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
