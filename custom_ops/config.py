@@ -8,27 +8,33 @@ NUM_ITER = 30  # Chebyshev iterations; the error shrinks by 0.754 in each at a =
 CPU_CHUNK = 64
 
 
-def chunk_size(device_type: str, K: int, V: int) -> int:
-    """Tokens per chunk. On a GPU the solve holds four [C, K] tiles in registers: 64 rows up to a width of 64, 32 beyond."""
+def chunk_size(device_type: str, itemsize: int, K: int, V: int) -> int:
+    """Tokens per chunk.
+
+    On a GPU the solve holds four [C, width] tiles in registers, and float32 operands take twice the room: 64 rows of 64 columns
+    in 16 bits, half of that for either doubling. (64 rows with V well below K came out wrong on an H100 with Triton 3.6, with 32
+    rows right: docs/design.md.) The CPU's reference is fastest at 64 throughout.
+    """
     if device_type == "cpu":
         return CPU_CHUNK
-    return 64 if max(K, V) <= 64 else 32
+    rows = 64 if itemsize == 2 and max(K, V) <= 64 and V > K // 2 else 32
+    return rows // 2 if itemsize == 4 and max(K, V) > 64 else rows
 
 
-# (num_warps, num_stages) of each kernel up to a width of 64 and beyond, beside 16-bit inputs; nothing is tuned at run time.
+# (num_warps, num_stages) of each kernel up to a width of 64 and beyond; nothing is tuned at run time.
 _LAUNCH = {
-    "chunk_state": ((4, 2), (4, 2)),
+    "chunk_state": ((4, 2), (8, 2)),
     "chunk_output": ((4, 1), (4, 1)),
-    "chunk_output_bwd": ((4, 1), (4, 1)),
-    "chunk_state_bwd": ((4, 1), (4, 1)),
-    "chunk_grads": ((4, 1), (4, 1)),
+    "chunk_output_bwd": ((4, 1), (8, 1)),
+    "chunk_state_bwd": ((4, 1), (8, 1)),
+    "chunk_grads": ((8, 1), (8, 1)),
     "step": ((4, 1), (8, 1)),
 }
 
 
 def launch_settings(kernel: str, width: int, itemsize: int) -> dict[str, int]:
-    """num_warps and num_stages of a kernel; float32 operands take twice the registers, so twice the warps, and no pipelining."""
+    """num_warps and num_stages of a kernel; float32 operands want the registers of 8 warps, and no pipelining."""
     num_warps, num_stages = _LAUNCH[kernel][0 if width <= 64 else 1]
     if itemsize == 4 and kernel != "step":
-        num_warps, num_stages = 2 * num_warps, 1
+        num_warps, num_stages = 8, 1
     return {"num_warps": num_warps, "num_stages": num_stages}

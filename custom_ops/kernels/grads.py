@@ -12,8 +12,8 @@ from torch.library import wrap_triton
 
 from .launch import Tensors, block, compact, on_device, operand, present, settings
 from .tile import (
-    chunk_rows,
     decay_mask,
+    dense_rows,
     last,
     load_columns,
     load_row_block,
@@ -21,6 +21,7 @@ from .tile import (
     load_scalars,
     load_state,
     outer_sum,
+    packed_rows,
     product,
     reciprocal,
     row_norm,
@@ -277,9 +278,10 @@ def chunk_grads_kernel(
     """Grid (slots, key/value heads): one program adds up the heads that share a key."""
     slot = tl.program_id(0)
     kv_head = tl.program_id(1)
-    _, first, end = chunk_rows(slot, cu_ptr, N, T, C, PACKED)
-    if first >= end:
-        return
+    if PACKED:
+        first, end = packed_rows(slot, cu_ptr, N, C)
+    else:
+        first, end = dense_rows(slot, T, C)
     groups = H // Hk
     dk_sum = tl.zeros((C, BK), tl.float32)
     dv_sum = tl.zeros((C, BV), tl.float32)

@@ -8,12 +8,13 @@ from torch.library import wrap_triton
 
 from .launch import Tensors, block, compact, on_device, operand, polynomial, present, settings
 from .tile import (
-    chunk_rows,
     decay_mask,
+    dense_rows,
     frobenius,
     load_rows,
     load_scalars,
     load_state,
+    packed_rows,
     product,
     reciprocal,
     row_norm,
@@ -67,9 +68,10 @@ def chunk_output_kernel(
     """Grid (slots, heads)."""
     slot = tl.program_id(0)
     head = tl.program_id(1)
-    _, first, end = chunk_rows(slot, cu_ptr, N, T, C, PACKED)
-    if first >= end:
-        return
+    if PACKED:
+        first, end = packed_rows(slot, cu_ptr, N, C)
+    else:
+        first, end = dense_rows(slot, T, C)
     kv_head = head // (H // Hk)
     matrix = slot.to(tl.int64) * H + head
     scales_ptr += matrix * (K + V)
@@ -192,9 +194,10 @@ def chunk_output_bwd_kernel(
     """Grid (slots, heads)."""
     slot = tl.program_id(0)
     head = tl.program_id(1)
-    _, first, end = chunk_rows(slot, cu_ptr, N, T, C, PACKED)
-    if first >= end:
-        return
+    if PACKED:
+        first, end = packed_rows(slot, cu_ptr, N, C)
+    else:
+        first, end = dense_rows(slot, T, C)
     kv_head = head // (H // Hk)
     matrix = slot.to(tl.int64) * H + head
     scales_ptr += matrix * (K + V)

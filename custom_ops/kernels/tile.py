@@ -3,7 +3,7 @@
 Numbers.  With 16-bit inputs every matrix product runs on float16 operands: eleven bits, but little range.  So no tile reaches a
 product as it came: rows are divided by powers of two that bring their largest entry into [1, 2) (:func:`unit_rows`), and what was
 divided out comes back in float32, in the weights of :func:`weighted_product` or after the product.  With float32 inputs the same
-code runs on float32 operands in full IEEE precision, where the powers of two change nothing.
+code splits every operand in two float16 numbers (:func:`product_into`), which needs the same care for range.
 
 Rows.  The tokens of all sequences are the rows of matrices [rows, heads, width]; a chunk is ``C`` consecutive rows from ``first``,
 of which those before ``end`` exist.  Others read as zero.
@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "chunk_rows",
     "decay_mask",
+    "dense_rows",
     "load_columns",
     "load_row_block",
     "load_rows",
     "load_scalars",
     "load_state",
     "outer_sum",
+    "packed_rows",
     "product",
     "product_into",
     "reciprocal",
@@ -37,24 +38,25 @@ TINY = tl.constexpr(1.1754943508222875e-38)  # below this ‖H‖_F counts as ze
 
 
 @triton.jit
-def chunk_rows(slot, cu_ptr, N, T, C: tl.constexpr, PACKED: tl.constexpr):
-    """(sequence, first row, end row) of a chunk slot; see reference.num_slots. An empty slot has first >= end."""
-    if PACKED:
-        low = 0
-        high = N
-        while high - low > 1:  # the last sequence whose first slot, cu[n] // C + n, is not past this one
-            middle = (low + high) // 2
-            before = tl.load(cu_ptr + middle) // C + middle <= slot
-            low = tl.where(before, middle, low)
-            high = tl.where(before, high, middle)
-        begin = tl.load(cu_ptr + low).to(tl.int64)
-        end = tl.load(cu_ptr + low + 1).to(tl.int64)
-        return low, begin + (slot - (begin // C + low)) * C, end
-    else:
-        chunks = tl.cdiv(T, C)
-        n = slot // chunks
-        begin = n.to(tl.int64) * T
-        return n, begin + (slot % chunks) * C, begin + T
+def dense_rows(slot, T, C: tl.constexpr):
+    """(first row, end row) of a chunk slot of equally long sequences; see reference.num_slots."""
+    chunks = tl.cdiv(T, C)
+    begin = (slot // chunks).to(tl.int64) * T
+    return begin + (slot % chunks) * C, begin + T
+
+
+@triton.jit
+def packed_rows(slot, cu_ptr, N, C: tl.constexpr):
+    """(first row, end row) of a chunk slot of packed sequences. An empty slot has first >= end: nothing is loaded or stored."""
+    low = 0
+    high = N
+    while high - low > 1:  # the last sequence whose first slot, cu[n] // C + n, is not past this one
+        middle = (low + high) // 2
+        before = tl.load(cu_ptr + middle) // C + middle <= slot
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    begin = tl.load(cu_ptr + low).to(tl.int64)
+    return begin + (slot - (begin // C + low)) * C, tl.load(cu_ptr + low + 1).to(tl.int64)
 
 
 @triton.jit
@@ -128,28 +130,35 @@ def row_norm(x):
 
 
 @triton.jit
-def product(a, b, OPERAND: tl.constexpr):
-    """a @ b with operands rounded to OPERAND, accumulated in float32."""
-    if OPERAND == tl.float32:
-        return tl.dot(a, b, input_precision="ieee")
-    else:
-        return tl.dot(a.to(OPERAND), b.to(OPERAND))
-
-
-@triton.jit
 def product_into(a, b, accumulator, OPERAND: tl.constexpr):
-    """accumulator + a @ b."""
+    """accumulator + a @ b, for operands whose largest entries are O(1).
+
+    OPERAND float16: one product. float32: each factor as the sum of two float16 numbers, 22 bits, and three products on the same
+    tensor cores; the factor 32 keeps the second number of small entries out of the subnormals.
+    """
     if OPERAND == tl.float32:
-        return tl.dot(a, b, accumulator, input_precision="ieee")
+        a = a.to(tl.float32) * 32.0
+        b = b.to(tl.float32) * 32.0
+        a_high = a.to(tl.float16)
+        b_high = b.to(tl.float16)
+        small = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.float16))
+        small = tl.dot((a - a_high.to(tl.float32)).to(tl.float16), b_high, small)
+        return accumulator + tl.dot(a_high, b_high, small) * (1.0 / 1024.0)
     else:
         return tl.dot(a.to(OPERAND), b.to(OPERAND), accumulator)
 
 
 @triton.jit
+def product(a, b, OPERAND: tl.constexpr):
+    """a @ b; see product_into."""
+    return product_into(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32), OPERAND)
+
+
+@triton.jit
 def wide_product(a, b, OPERAND: tl.constexpr):
-    """a @ b for float32 operands of any range: tf32 beside 16-bit inputs, IEEE beside float32."""
+    """a @ b for operands of any range: tf32 beside 16-bit inputs, three of them beside float32."""
     if OPERAND == tl.float32:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a, b, input_precision="tf32x3")
     else:
         return tl.dot(a, b, input_precision="tf32")
 
@@ -196,7 +205,11 @@ def load_columns(ptr, scale_ptr, matrix, first_column, D: tl.constexpr, E: tl.co
     column = first_column + tl.arange(0, BE)
     inside = column < E
     tile = tl.load(ptr + matrix * (D * E) + row * E + column[None, :], mask=(row < D) & inside[None, :], other=0.0)
-    return tile, tl.load(scale_ptr + column, mask=inside, other=0.0)
+    if ptr.dtype.element_ty == tl.float16:
+        return tile, tl.load(scale_ptr + column, mask=inside, other=0.0)
+    else:  # stored as it is: scaled on the way in
+        s = power_of_two(tl.max(tl.abs(tile), 0))
+        return tile * (1.0 / s)[None, :], s
 
 
 @triton.jit

@@ -1,0 +1,95 @@
+"""Compile a launcher's kernel for a GPU that is not here, and read what the assembler says of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from gka_compile.custom_ops import kernels
+
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may use, by compute capability
+_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
+_MODULES = ("decode", "grads", "output", "state")
+
+
+@dataclass
+class Launch:
+    """One recorded launch."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+def record(launcher: Any, *args: Any) -> Launch:
+    """The launch that ``launcher`` would do."""
+    launches: list[Launch] = []
+
+    class Wrapped:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*args: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
+                launches.append(Launch(self.kernel, args, constants, {"num_warps": num_warps, "num_stages": num_stages}))
+
+            return launch
+
+    patches = [patch(f"{kernels.__name__}.{module}.wrap_triton", Wrapped) for module in _MODULES]
+    for p in patches:
+        p.start()
+    try:
+        launcher(*args)
+    finally:
+        for p in patches:
+            p.stop()
+    (launch,) = launches
+    return launch
+
+
+def compile_for(launch: Launch, capability: int) -> Any:
+    """Compile a recorded launch for sm_``capability``."""
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    names = launch.kernel.arg_names
+    for i, name in enumerate(names):
+        if name in launch.constants:
+            signature[name], constants[(i,)] = "constexpr", launch.constants[name]
+            continue
+        value = launch.args[i]
+        if isinstance(value, torch.Tensor):
+            signature[name] = _TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if isinstance(value, int) else "fp32"
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+def registers(compiled: Any, capability: int) -> tuple[int, int]:
+    """(registers a thread, bytes spilled) as ptxas reports them."""
+    ptxas = get_ptxas(capability).path
+    arch = f"sm_{capability}{'a' if capability in (90, 100, 120) else ''}"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        command = [ptxas, "-v", f"--gpu-name={arch}", ptx, "-o", Path(folder) / "kernel.cubin"]
+        ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"ptxas for {arch}: {ran.stderr or ran.stdout}")
+    told = ran.stderr + ran.stdout
+    used = max(int(n) for n in re.findall(r"Used (\d+) registers", told))
+    return used, sum(int(n) for n in re.findall(r"(\d+) bytes spill", told))
