@@ -90,7 +90,8 @@ def _register(
             out = outputs(*args)
             launch(*args, out)
             return out
-        result = specification(*args)
+        with torch.autocast("cpu", enabled=False):  # an op's precision is a matter of its inputs' dtypes
+            result = specification(*args)
         if isinstance(result, Tensor):
             return result
         held = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}

@@ -1,0 +1,89 @@
+"""Every kernel compiles ahead of time for every chip we name, within its shared memory; and compilers see what it writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels do not compile", allow_module_level=True)
+
+from compiling import SHARED_MEMORY, compile_for, record, registers  # noqa: E402
+from torch._higher_order_ops import triton_kernel_wrap  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from gka_compile.custom_ops import config, kernels, ops  # noqa: E402
+
+
+def launches(K: int, V: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]:
+    """(op, launcher, arguments) of every op with every option on."""
+    B, T, H, chunk = 1, 64, 2, config.chunk_size("cuda", dtype.itemsize, K, V)
+    q, v, gate = torch.zeros(B, T, H, K, dtype=dtype), torch.zeros(B, T, H, V, dtype=dtype), torch.zeros(B, T, H)
+    h, u = torch.zeros(B, H, K, K), torch.zeros(B, H, K, V)
+    args: tuple[Any, ...] = (q, v, gate, gate, gate, h, u, None, H, chunk)
+    state = ops._chunk_state_outputs(*args)
+    yield "chunk_state", kernels.launch_chunk_state, (*args, state)
+    read = (None, 0.1, 0.02, 30, chunk)
+    args = (q, q, v, gate, gate, gate, gate, h, u, *state[:3], *read)
+    o, x, phi = ops._chunk_output_outputs(*args)
+    yield "chunk_output", kernels.launch_chunk_output, (*args, (o, x, phi))
+    args = (o, q, q, v, gate, gate, gate, gate, *state[:3], x, phi, *read)
+    adjoint = ops._chunk_output_bwd_outputs(*args)
+    yield "chunk_output_bwd", kernels.launch_chunk_output_bwd, (*args, adjoint)
+    given = (o, q, gate, x, phi, *adjoint[2:])
+    args = (q, v, gate, gate, gate, state[0], state[2], *given[:-1], h, u, None, 0.1, H, chunk)
+    dstate = ops._chunk_state_bwd_outputs(*args)
+    yield "chunk_state_bwd", kernels.launch_chunk_state_bwd, (*args, dstate)
+    args = (q, v, gate, gate, gate, *state[:3], *dstate[:3], *given, None, 0.1, H, chunk)
+    yield "chunk_grads", kernels.launch_chunk_grads, (*args, ops._chunk_grads_outputs(*args))
+    one = (q[:, 0], q[:, 0], v[:, 0], h, u, *(gate[:, 0],) * 4, 0.1, 0.02, 30)
+    yield "step", kernels.launch_step, (*one, ops._step_outputs(*one))
+
+
+OPS = ("chunk_state", "chunk_output", "chunk_output_bwd", "chunk_state_bwd", "chunk_grads", "step")
+# the widest heads on every chip in both precisions' worst places: 16-bit everywhere, float32 where shared memory is smallest
+TARGETS = [(capability, torch.bfloat16, 128) for capability in SHARED_MEMORY]
+TARGETS += [(86, torch.float32, 128), (86, torch.float16, 64)]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("capability", "dtype", "width"), TARGETS, ids=lambda x: str(x).removeprefix("torch."))
+def test_compiles_within_shared_memory(capability: int, dtype: torch.dtype, width: int, op: str) -> None:
+    launcher, args = next((launcher, args) for name, launcher, args in launches(width, width, dtype) if name == op)
+    compiled = compile_for(record(launcher, *args), capability)
+    shared = compiled.metadata.shared / 1024
+    used, spilled = registers(compiled, capability)
+    print(f"sm_{capability} {op} {dtype} {width}: {shared:.0f} KiB shared, {used} registers, {spilled} bytes spilled")
+    assert shared <= SHARED_MEMORY[capability]
+    assert b"ELF" in compiled.asm["cubin"][:16]
+
+
+OUTPUTS = {
+    "chunk_state": {"h_chunks_ptr", "u_chunks_ptr", "scales_ptr", "h_out_ptr", "u_out_ptr"},
+    "chunk_output": {"o_ptr", "x_ptr", "phi_ptr"},
+    "chunk_output_bwd": {"dq_ptr", "dalpha_ptr", "y_ptr", "y_scale_ptr", "eta_ptr", "mdm_ptr"},
+    "chunk_state_bwd": {"dh_chunks_ptr", "du_chunks_ptr", "dscales_ptr", "dh0_ptr", "du0_ptr"},
+    "chunk_grads": {"dk_ptr", "dv_ptr", "dg_ptr", "dgk_ptr", "dbeta_ptr"},
+    "step": {"o_ptr", "h_out_ptr", "u_out_ptr"},
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inductor_sees_that_outputs_alone_are_written(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its analysis fails, Inductor takes every input for written: copies at best, an error in training at worst."""
+
+    class Hopper:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    monkeypatch.setattr(type(triton.runtime.driver), "active", Hopper())
+    launcher, args = next((launcher, args) for name, launcher, args in launches(64, 64, torch.bfloat16) if name == op)
+    launch = record(launcher, *args)
+    given = {**dict(zip(launch.kernel.arg_names, launch.args, strict=False)), **launch.constants}
+    accesses = triton_kernel_wrap.identify_accessed_tensors(launch.kernel, given, {})
+    assert {write.name for write in accesses.read_writes.writes} == OUTPUTS[op]
