@@ -11,14 +11,13 @@ CPU_CHUNK = 64
 def chunk_size(device_type: str, itemsize: int, K: int, V: int) -> int:
     """Tokens per chunk.
 
-    On a GPU the solve holds four [C, width] tiles in registers, and float32 operands take twice the room: 64 rows of 64 columns
-    in 16 bits, half of that for either doubling. (64 rows with V well below K came out wrong on an H100 with Triton 3.6, with 32
-    rows right: docs/design.md.) The CPU's reference is fastest at 64 throughout.
+    On a GPU the solve holds four [C, width] tiles in registers: 32 rows, or 16 of wide float32 ones, whose operands take twice
+    the room. (64 rows bring in Hopper's asynchronous products, which Triton 3.6 gets wrong in places: docs/design.md.) The CPU's
+    reference is fastest at 64.
     """
     if device_type == "cpu":
         return CPU_CHUNK
-    rows = 64 if itemsize == 2 and max(K, V) <= 64 and V > K // 2 else 32
-    return rows // 2 if itemsize == 4 and max(K, V) > 64 else rows
+    return 16 if itemsize == 4 and max(K, V) > 64 else 32
 
 
 # (num_warps, num_stages) of each kernel up to a width of 64 and beyond; nothing is tuned at run time.

@@ -153,7 +153,8 @@ def _chunk_state(
 
     Returns:
         h_chunks [S,H,K,K], u_chunks [S,H,K,V]: stored; column j of a state is ``chunks[..., j] * state_scales[..., j]``.
-        state_scales [S,H,K+V]: powers of two, first the K columns of H, then the V columns of U; ones unless stored as float16.
+        state_scales [S,H,K+V]: powers of two (0 for a column of zeros), first the K columns of H, then the V
+        columns of U; ones unless stored as float16.
         h_out [N,H,K,K], u_out [N,H,K,V]: final states.
     """
     args = (k, v, g, gk, beta, h0, u0, cu_seqlens, num_heads, chunk_size)

@@ -11,11 +11,10 @@ tensors carry beta.  Two states decay separately, so the names come in pairs: ``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .polynomial import chebyshev_coefficients
@@ -123,7 +122,8 @@ def split(x: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> Tensor:
     S = num_slots(B, T, cu_seqlens, chunk_size)
     if cu_seqlens is None:
         pad = (T + chunk_size - 1) // chunk_size * chunk_size - T
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
+        # not F.pad, which Inductor would compute anew in every kernel that reads x, with its index arithmetic
+        x = torch.cat([x, x.new_zeros(B, pad, *x.shape[2:])], 1)
     else:
         place = _token_slots(T, cu_seqlens.long(), chunk_size)
         x = x.new_zeros(S * chunk_size, *rest).index_copy(0, place, x[0])
@@ -182,7 +182,7 @@ def _chunks(
     )
 
 
-def _decay_mask(c: Tensor) -> Tensor:
+def decay_mask(c: Tensor) -> Tensor:
     """D_tj = exp(c_t − c_j) for j ≤ t, else 0: a masked difference of logs, since 1/γ_j alone overflows."""
     C = c.shape[-1]
     causal = torch.ones(C, C, dtype=torch.bool, device=c.device).tril()
@@ -207,9 +207,9 @@ def store_states(h: Tensor, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     if dtype != torch.float16:
         return h.to(dtype), u.to(dtype), h.new_ones(h.shape[0], h.shape[1], h.shape[-1] + u.shape[-1], dtype=torch.float32)
     largest = torch.cat([h, u], -1).abs().amax(-2)
-    scales = torch.where(largest > 0, largest, 1.0).log2().floor().clamp(-126, 126).exp2()
-    scale_h, scale_u = scales.unsqueeze(-2).split([h.shape[-1], u.shape[-1]], -1)
-    return (h / scale_h).to(dtype), (u / scale_u).to(dtype), scales
+    scales = torch.where(largest < TINY, 0.0, largest.clamp(min=TINY).log2().floor().clamp(-126, 126).exp2())
+    inverse_h, inverse_u = _reciprocal(scales).unsqueeze(-2).split([h.shape[-1], u.shape[-1]], -1)
+    return (h * inverse_h).to(dtype), (u * inverse_u).to(dtype), scales
 
 
 def load_states(h_chunks: Tensor, u_chunks: Tensor, state_scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,40 +224,49 @@ def load_states(h_chunks: Tensor, u_chunks: Tensor, state_scales: Tensor) -> tup
 # chunk_state
 
 
-def scan_states(increment: Tensor, total: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """S_{c+1} = e^{total_c} S_c + increment_c over the chunks of each sequence.
+class Recurrence(NamedTuple):
+    """S_{c+1} = e^{total_c} S_c + increment_c over the chunks c of each sequence."""
 
-    increment [N, n, H, X, Y], total [N, n, H] (log decay of a whole chunk), initial [N, H, X, Y].
-    Returns the states before each chunk [N, n, H, X, Y] and the last one [N, H, X, Y].
-    """
-    decay = total.exp()[..., None, None]
-    before, state = torch.empty_like(increment), initial
-    for i in range(increment.shape[1]):
-        before[:, i] = state
-        state = decay[:, i] * state + increment[:, i]
-    return before, state
+    increment: Tensor  # [N, n, H, X, Y]
+    total: Tensor  # [N, n, H] log decay of a whole chunk
+    initial: Tensor  # [N, H, X, Y]
 
 
-Scan = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# the states before each chunk [N, n, H, X, Y] and the last ones [N, H, X, Y], of several recurrences of one length
+Scan = Callable[[Sequence[Recurrence]], list[tuple[Tensor, Tensor]]]
+
+
+def scan_states(recurrences: Sequence[Recurrence]) -> list[tuple[Tensor, Tensor]]:
+    """The one sequential part: a :data:`Scan` as a plain loop."""
+    results = []
+    for r in recurrences:
+        decay = r.total.exp()[..., None, None]
+        before, state = torch.empty_like(r.increment), r.initial
+        for i in range(r.increment.shape[1]):
+            before[:, i] = state
+            state = decay[:, i] * state + r.increment[:, i]
+        results.append((before, state))
+    return results
 
 
 def _scan_slots(
-    increment: Tensor, total: Tensor, initial: Tensor, cu_seqlens: Tensor | None, chunk_size: int, scan: Scan
-) -> tuple[Tensor, Tensor]:
-    """:func:`scan_states` over slots [S, H, X, Y], sequence by sequence where they are packed."""
+    recurrences: Sequence[Recurrence], cu_seqlens: Tensor | None, chunk_size: int, scan: Scan
+) -> list[tuple[Tensor, Tensor]]:
+    """:data:`Scan` over slots [S, H, X, Y], sequence by sequence where they are packed."""
     if cu_seqlens is None:
-        N = initial.shape[0]
+        N = recurrences[0].initial.shape[0]
         if N == 0:
-            return increment, initial
-        n = increment.shape[0] // N
-        before, last = scan(increment.unflatten(0, (N, n)), total.unflatten(0, (N, n)), initial)
-        return before.flatten(0, 1), last
-    before, last = torch.zeros_like(increment), torch.empty_like(initial)
+            return [(r.increment, r.initial) for r in recurrences]
+        n = recurrences[0].increment.shape[0] // N
+        chunks = [Recurrence(r.increment.unflatten(0, (N, n)), r.total.unflatten(0, (N, n)), r.initial) for r in recurrences]
+        return [(before.flatten(0, 1), last) for before, last in scan(chunks)]
+    results = [(torch.zeros_like(r.increment), torch.empty_like(r.initial)) for r in recurrences]
     for s, (first, slots) in enumerate(_sequence_slots(cu_seqlens, chunk_size)):
         where = slice(first, first + slots)
-        before_s, last_s = scan(increment[None, where], total[None, where], initial[s : s + 1])
-        before[where], last[s] = before_s[0], last_s[0]
-    return before, last
+        sequence = [Recurrence(r.increment[None, where], r.total[None, where], r.initial[s : s + 1]) for r in recurrences]
+        for (before, last), (before_s, last_s) in zip(results, scan(sequence), strict=True):
+            before[where], last[s] = before_s[0], last_s[0]
+    return results
 
 
 def _sequence_slots(cu_seqlens: Tensor, chunk_size: int) -> list[tuple[int, int]]:
@@ -291,8 +300,8 @@ def chunk_state(
     end_h, end_u = x.c_h[..., -1], x.c_u[..., -1]
     add_h = (x.k * (end_h.unsqueeze(-1) - x.c_h).exp().unsqueeze(-1)).transpose(-1, -2) @ x.k
     add_u = (x.k * (end_u.unsqueeze(-1) - x.c_u).exp().unsqueeze(-1)).transpose(-1, -2) @ x.v
-    h_chunks, h_out = _scan_slots(add_h, end_h, h0, cu_seqlens, chunk_size, scan)
-    u_chunks, u_out = _scan_slots(add_u, end_u, u0, cu_seqlens, chunk_size, scan)
+    recurrences = (Recurrence(add_h, end_h, h0), Recurrence(add_u, end_u, u0))
+    (h_chunks, h_out), (u_chunks, u_out) = _scan_slots(recurrences, cu_seqlens, chunk_size, scan)
     return *store_states(h_chunks, u_chunks, storage_dtype(k)), h_out, u_out
 
 
@@ -318,6 +327,33 @@ def _phi(k: Tensor, mask: Tensor, gamma: Tensor, h: Tensor) -> Tensor:
     return square.clamp(min=0).sqrt()
 
 
+# (z, what z reads, rhs, ridge_ratio, num_iter) to Σ c_n T_n(Z) rhs, where z(t, *what z reads) is Z t
+Series = Callable[[Callable[..., Tensor], tuple[Tensor, ...], Tensor, float, int], Tensor]
+
+
+def chebyshev_series(
+    z: Callable[..., Tensor], operands: tuple[Tensor, ...], rhs: Tensor, ridge_ratio: float, num_iter: int
+) -> Tensor:
+    """The polynomial of :mod:`.polynomial` applied to rhs: a :data:`Series` as a plain loop."""
+    c = chebyshev_coefficients(ridge_ratio, num_iter)
+    previous, t = rhs, z(rhs, *operands)
+    x = c[0] * previous + c[1] * t
+    for n in range(2, num_iter + 1):
+        previous, t = t, 2 * z(t, *operands) - previous
+        x = x + c[n] * t
+    return x
+
+
+def _z_chunk(t: Tensor, start_gain: Tensor, inner: Tensor, k: Tensor, h: Tensor) -> Tensor:
+    """Z_t t = 2 H_t t/φ_t − t for every row t of a chunk."""
+    return start_gain * (t @ h) + (inner * (t @ k.transpose(-1, -2))) @ k - t
+
+
+def _z_step(t: Tensor, gain: Tensor, h: Tensor) -> Tensor:
+    """Z t = 2 H t/φ − t for one vector."""
+    return gain * (h @ t.unsqueeze(-1)).squeeze(-1) - t
+
+
 def _solve(
     rhs: Tensor,
     k: Tensor,
@@ -327,22 +363,11 @@ def _solve(
     phi: Tensor,
     ridge_ratio: float,
     num_iter: int,
+    series: Series = chebyshev_series,
 ) -> Tensor:
     """φ_t x_t for every row: the Chebyshev series of :mod:`.polynomial`, all chunks at once."""
     gain = 2 * _reciprocal(phi)
-    start_gain, inner = gain * gamma, gain * mask
-    kt = k.transpose(-1, -2)
-
-    def z(t: Tensor) -> Tensor:  # Z t = 2 H t/φ − t
-        return start_gain * (t @ h) + (inner * (t @ kt)) @ k - t
-
-    c = chebyshev_coefficients(ridge_ratio, num_iter)
-    previous, t = rhs, z(rhs)
-    x = c[0] * previous + c[1] * t
-    for n in range(2, num_iter + 1):
-        previous, t = t, 2 * z(t) - previous
-        x = x + c[n] * t
-    return x
+    return series(_z_chunk, (gain * gamma, gain * mask, k, h), rhs, ridge_ratio, num_iter)
 
 
 class _Readout(NamedTuple):
@@ -376,6 +401,7 @@ def chunk_output(
     ridge_ratio: float,
     num_iter: int,
     chunk_size: int,
+    series: Series = chebyshev_series,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Solve and read-out: (o, x, phi); see ``ops.chunk_output``."""
     B, T, H, _ = q.shape
@@ -383,12 +409,12 @@ def chunk_output(
     qc = split(q.to(y.k.dtype), cu_seqlens, chunk_size)
     ac = None if alpha is None else split(alpha.to(y.k.dtype), cu_seqlens, chunk_size).unsqueeze(-1)
     h, u = load_states(h_chunks, u_chunks, state_scales)
-    mask, gamma = _decay_mask(y.c_h), y.c_h.exp().unsqueeze(-1)
+    mask, gamma = decay_mask(y.c_h), y.c_h.exp().unsqueeze(-1)
     phi = _phi(y.k, mask, gamma, h)
     length = _norm(qc)
-    unit_x = _solve(qc * _reciprocal(length), y.k, mask, gamma, h, phi, ridge_ratio, num_iter)
+    unit_x = _solve(qc * _reciprocal(length), y.k, mask, gamma, h, phi, ridge_ratio, num_iter, series)
     r = _readout(qc, ac, unit_x * length * _reciprocal(phi))
-    inner = _decay_mask(y.c_u) * (r.m @ y.k.transpose(-1, -2))
+    inner = decay_mask(y.c_u) * (r.m @ y.k.transpose(-1, -2))
     o = scale * (y.c_u.exp().unsqueeze(-1) * (r.m @ u) + inner @ y.v)
     return (
         join(o, B, T, cu_seqlens).to(q.dtype),
@@ -430,8 +456,8 @@ def chunk_output_bwd(
     ac = None if alpha is None else split(alpha.to(dtype), cu_seqlens, chunk_size).unsqueeze(-1)
     r = _readout(qc, ac, xc * _norm(qc) * _reciprocal(phic))
     h, u = load_states(h_chunks, u_chunks, state_scales)
-    mask, gamma = _decay_mask(c.c_h), c.c_h.exp().unsqueeze(-1)
-    inner = _decay_mask(c.c_u) * (doc @ c.v.transpose(-1, -2))
+    mask, gamma = decay_mask(c.c_h), c.c_h.exp().unsqueeze(-1)
+    inner = decay_mask(c.c_u) * (doc @ c.v.transpose(-1, -2))
     dm = scale * (c.c_u.exp().unsqueeze(-1) * (doc @ u.transpose(-1, -2)) + inner @ c.k)
     dx = dm if ac is None else ac * dm
     length = _norm(dx)
@@ -529,7 +555,7 @@ def chunk_state_bwd(
         add_h, add_u = c.k.new_zeros(S, H, K, K), c.k.new_zeros(S, H, K, V)
     else:
         yx = (gamma * d.y).transpose(-1, -2) @ d.x
-        e = _ridge_path(d.eta, _decay_mask(c.c_h), gamma)
+        e = _ridge_path(d.eta, decay_mask(c.c_h), gamma)
         start = (gamma.squeeze(-1).square() * d.eta).sum(-1)[..., None, None]
         add_h = -0.5 * (yx + yx.transpose(-1, -2)) - start * h - (e * c.k).transpose(-1, -2) @ c.k
         add_u = (c.c_u.exp().unsqueeze(-1) * d.m).transpose(-1, -2) @ d.do
@@ -537,12 +563,12 @@ def chunk_state_bwd(
     du_out = c.k.new_zeros(N, H, K, V) if du_out is None else du_out.to(dtype)
     dh_out = 0.5 * (dh_out + dh_out.transpose(-1, -2))
 
-    def scan(increment: Tensor, total: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-        after, first = scan_states(increment.flip(1), total.flip(1), initial)
-        return after.flip(1), first
+    def scan(recurrences: Sequence[Recurrence]) -> list[tuple[Tensor, Tensor]]:
+        flipped = [Recurrence(r.increment.flip(1), r.total.flip(1), r.initial) for r in recurrences]
+        return [(after.flip(1), first) for after, first in scan_states(flipped)]
 
-    dh_chunks, dh0 = _scan_slots(add_h, c.c_h[..., -1], dh_out, cu_seqlens, chunk_size, scan)
-    du_chunks, du0 = _scan_slots(add_u, c.c_u[..., -1], du_out, cu_seqlens, chunk_size, scan)
+    recurrences = (Recurrence(add_h, c.c_h[..., -1], dh_out), Recurrence(add_u, c.c_u[..., -1], du_out))
+    (dh_chunks, dh0), (du_chunks, du0) = _scan_slots(recurrences, cu_seqlens, chunk_size, scan)
     return *store_states(dh_chunks, du_chunks, storage_dtype(k)), dh0, du0
 
 
@@ -592,7 +618,7 @@ def chunk_grads(
     k_w = tail_u * (c.v @ du.transpose(-1, -2))
     dk_u, dv = k_w, tail_u * (c.k @ du)
     if d is not None:
-        mask_h, mask_u = _decay_mask(c.c_h), _decay_mask(c.c_u)
+        mask_h, mask_u = decay_mask(c.c_h), decay_mask(c.c_u)
         mask_ht, mask_ut = mask_h.transpose(-1, -2), mask_u.transpose(-1, -2)
         e = _ridge_path(d.eta, mask_h, gamma)
         ridge = mask_ht @ (d.eta.unsqueeze(-1) * mask_h)
@@ -647,6 +673,7 @@ def step(
     scale: float,
     ridge_ratio: float,
     num_iter: int,
+    series: Series = chebyshev_series,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One token: (o, new h, new u); see ``ops.step``."""
     dtype, groups = compute_dtype(q), q.shape[1] // k.shape[1]
@@ -661,18 +688,7 @@ def step(
     h = h + ks.unsqueeze(-1) * ks.unsqueeze(-2)
     u = u + ks.unsqueeze(-1) * vs.unsqueeze(-2)
     phi = h.square().sum((-1, -2)).sqrt()[..., None]
-    gain = 2 * _reciprocal(phi)
-
-    def z(t: Tensor) -> Tensor:
-        return gain * (h @ t.unsqueeze(-1)).squeeze(-1) - t
-
-    c = chebyshev_coefficients(ridge_ratio, num_iter)
-    previous, t = qs, z(qs)
-    x = c[0] * previous + c[1] * t
-    for n in range(2, num_iter + 1):
-        previous, t = t, 2 * z(t) - previous
-        x = x + c[n] * t
-    x = x * _reciprocal(phi)
+    x = series(_z_step, (2 * _reciprocal(phi), h), qs, ridge_ratio, num_iter) * _reciprocal(phi)
     r = _readout(qs, None if alpha is None else alpha.to(dtype).unsqueeze(-1), x)
     o = scale * (r.m.unsqueeze(-2) @ u).squeeze(-2)
     return o.to(q.dtype), h, u

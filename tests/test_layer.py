@@ -180,7 +180,7 @@ def padded_batch(x: Tensor, side: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("side", ["left", "right", "inside"])
 @pytest.mark.parametrize("cached", [False, True], ids=["start", "cached"])
 def test_padding_changes_nothing(side: str, cached: bool) -> None:
-    layer, x = make(), inputs(4, 70, 24)
+    layer, x = make(use_gate=cached), inputs(4, 70, 24)  # without a gate nothing else sets outputs at padding to zero
     padded, mask = padded_batch(x, side)
     before = some_cache(layer, 4) if cached else layer.init_cache(4)
     y, after = layer(padded, mask, cache=before if cached else None, output_cache=True)
@@ -308,13 +308,33 @@ def _bad_calls() -> dict[str, tuple[Callable[[GatedKalmaNet], Any], type[Excepti
         "step rank": (lambda m: m.step(x, cache(m)), ValueError, r"hidden_states: expected shape \[B,hidden_size\]"),
         "mask shape": (lambda m: m(x, mask[:, :2]), ValueError, r"attention_mask: expected shape \[B,T\] = \(2, 3\), got \(2, 2\)"),
         "mask 4d": (lambda m: m(x, mask[:, None, None]), ValueError, r"attention_mask: expected shape \[B,T\]"),
-        "mask dtype": (lambda m: m(x, mask.float()), TypeError, "attention_mask: expected a bool or integer dtype, got torch.float32"),
-        "mask and packed": (lambda m: m(x, mask, torch.tensor([0, 3])), ValueError, "attention_mask: expected None beside cu_seqlens"),
+        "mask dtype": (
+            lambda m: m(x, mask.float()),
+            TypeError,
+            "attention_mask: expected a bool or integer dtype, got torch.float32",
+        ),
+        "mask and packed": (
+            lambda m: m(x, mask, torch.tensor([0, 3])),
+            ValueError,
+            "attention_mask: expected None beside cu_seqlens",
+        ),
         "packed batch": (lambda m: m(x, cu_seqlens=torch.tensor([0, 3])), ValueError, "cu_seqlens: .*B = 1.*got B = 2"),
-        "packed bounds": (lambda m: m(x[:1], cu_seqlens=torch.tensor([0, 2])), ValueError, "cu_seqlens: .*end at T = 3, got 0 and 2"),
-        "packed order": (lambda m: m(x[:1], cu_seqlens=torch.tensor([0, 2, 1, 3])), ValueError, "cu_seqlens: expected non-decreasing"),
+        "packed bounds": (
+            lambda m: m(x[:1], cu_seqlens=torch.tensor([0, 2])),
+            ValueError,
+            "cu_seqlens: .*end at T = 3, got 0 and 2",
+        ),
+        "packed order": (
+            lambda m: m(x[:1], cu_seqlens=torch.tensor([0, 2, 1, 3])),
+            ValueError,
+            "cu_seqlens: expected non-decreasing",
+        ),
         "cache type": (lambda m: m(x, cache=(1, 2)), TypeError, "cache: expected a GKACache, got tuple"),
-        "cache batch": (lambda m: m(x, cache=cache(m, 1)), ValueError, r"cache.conv: expected shape .*\(2, 64, 3\), got \(1, 64, 3\)"),
+        "cache batch": (
+            lambda m: m(x, cache=cache(m, 1)),
+            ValueError,
+            r"cache.conv: expected shape .*\(2, 64, 3\), got \(1, 64, 3\)",
+        ),
         "cache dtype": (
             lambda m: m.step(one, cache(m, conv=cache(m).conv.float())),
             TypeError,

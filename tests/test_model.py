@@ -206,13 +206,24 @@ def test_generate_is_the_argmax_of_forward() -> None:
 
 
 def test_sampling() -> None:
-    model, prompt = make(), bytes_like(1, 3).expand(4000, 3)
-    draws = model.generate(prompt, 1, temperature=1.5, generator=torch.Generator().manual_seed(0))[:, 0]
-    again = model.generate(prompt, 1, temperature=1.5, generator=torch.Generator().manual_seed(0))[:, 0]
-    assert torch.equal(draws, again)
-    odds = (model(prompt[:1])[0, -1] / 1.5).softmax(-1)
-    counts = torch.bincount(draws, minlength=256) / 4000
-    assert (counts - odds).abs().sum() < 1.5 * math.sqrt(256 / 4000)  # expected: at most √(2·256/(π·4000)) = 0.2
+    model, rows = make(pattern="GKA"), 20000
+    logits = model.prefill(bytes_like(1, 3), model.init_state(1))[0]
+
+    def prefill(tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return logits.expand(rows, -1), state
+
+    def draw(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        state = {name: x.expand(rows, *x.shape[1:]) for name, x in model.init_state(1).items()}
+        prompt = torch.zeros(rows, 1, dtype=torch.int64)
+        return model.generate(prompt, 1, temperature=3.0, generator=generator, state=state, prefill=prefill)[:, 0]
+
+    drawn = draw(0)
+    assert torch.equal(drawn, draw(0))
+    assert not torch.equal(drawn, draw(1))
+    distance = (torch.bincount(drawn, minlength=256) / rows - (logits[0] / 3).softmax(-1)).abs().sum()
+    assert distance < 2 * math.sqrt(2 * 256 / (math.pi * rows))  # twice the most that is expected of fair draws
+    assert (torch.bincount(drawn, minlength=256) / rows - logits[0].softmax(-1)).abs().sum() > distance * 2
 
 
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": False}], ids=["tied", "untied"])
@@ -237,7 +248,11 @@ def test_load_refuses(tmp_path: Path) -> None:
         ("{", ValueError, "config.json: expected JSON"),
         ("[]", TypeError, "config: expected a dict, got list"),
         (json.dumps(fields | {"kv_proj_rank": 3}), ValueError, "config: expected fields among .*, got kv_proj_rank"),
-        (json.dumps(fields | {"intermediate_size": 48}), ValueError, r"model.safetensors: .* 12 differ: .*\(48, 32\) \(got \(40, 32\)\)"),
+        (
+            json.dumps(fields | {"intermediate_size": 48}),
+            ValueError,
+            r"model.safetensors: .* 12 differ: .*\(48, 32\) \(got \(40, 32\)\)",
+        ),
         (json.dumps(fields | {"pattern": "GKA"}), ValueError, r"model.safetensors: .* differ: .* None \(got "),
     ):
         config.write_text(text)
@@ -307,7 +322,11 @@ def test_bad_input() -> None:
         (lambda: model.generate(tokens + 256, 1), ValueError, "prompt: expected tokens from 0 to 255, got "),
         (lambda: model.generate(tokens[0], 1), ValueError, r"prompt: expected shape \[B,T\]"),
         (lambda: model.generate(tokens, 0), ValueError, "max_new_tokens: expected at least 1, got 0"),
-        (lambda: model.generate(tokens, 1, temperature=-1), ValueError, "temperature: expected a number that is not negative, got -1"),
+        (
+            lambda: model.generate(tokens, 1, temperature=-1),
+            ValueError,
+            "temperature: expected a number that is not negative, got -1",
+        ),
         (lambda: model.generate(tokens, 125), ValueError, "max_new_tokens: .* at most max_length = 128 tokens, got 129"),
         (lambda: model.generate(tokens, 1, state=model.init_state(1)), ValueError, r"state\['h_state_0'\]: expected shape"),
         (lambda: model.init_state(0), ValueError, "batch_size: expected at least 1, got 0"),

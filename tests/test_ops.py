@@ -55,7 +55,7 @@ def test_outputs_and_gradients_at_full_width(case: Case, dtype: torch.dtype) -> 
     # the same chunks for the oracle: dgk depends on them at the size of the truncation, not of the rounding
     oracle = run_reference(case, dtype, torch.float64, chunk)
     found = run_ops(case, dtype, DEVICE, chunk)
-    check(found, oracle, budget(case, dtype, oracle))
+    check(found, oracle, budget(case, dtype, oracle, chunk))
 
 
 def step_inputs(case: Case, dtype: torch.dtype, device: str = DEVICE) -> tuple:

@@ -34,9 +34,9 @@ def step_kernel(
     o_ptr,  # [B, H, V]
     h_out_ptr,  # [B, H, K, K], may be h_ptr
     u_out_ptr,  # [B, H, K, V], may be u_ptr
-    scale,
     H,
     Hk,
+    SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -110,7 +110,7 @@ def step_kernel(
         u *= tl.exp(scalar(g_ptr, pid, 0.0, HAS_G))
     u += k[:, None] * v[None, :]
     tl.store(u_out_ptr + pid * (K * V) + place, u, mask=inside)
-    o = scale * tl.sum(u * m[:, None], 0)
+    o = SCALE * tl.sum(u * m[:, None], 0)
     tl.store(o_ptr + pid * V + column, o.to(o_ptr.dtype.element_ty), mask=column < V)
 
 
@@ -134,7 +134,8 @@ def launch_step(
     (B, H, K), (Hk, V) = q.shape, v.shape[1:]
     with on_device(q):
         wrap_triton(step_kernel)[(B * H,)](
-            *(q, k, v, h, u, *present(q, g, gk, alpha, beta), *out, scale, H, Hk),
+            *(q, k, v, h, u, *present(q, g, gk, alpha, beta), *out, H, Hk),
+            SCALE=scale,
             K=K,
             V=V,
             BK=block(K),

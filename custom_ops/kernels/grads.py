@@ -75,10 +75,10 @@ def chunk_state_bwd_kernel(
     dscales_ptr,  # [S, H, K + V]
     dh0_ptr,  # [N, H, K, K]
     du0_ptr,  # [N, H, K, V]
-    scale,
     T,
     H,
     Hk,
+    SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -136,7 +136,7 @@ def chunk_state_bwd_kernel(
                 d -= tl.sum(gamma * gamma * eta, 0) * h.to(tl.float32) * h_scales[None, :]
                 k, k_unit = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
                 key_scale = k_unit * load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-                k_block = load_row_block(k_ptr, first, end, Hk, kv_head, first_column, K, C, BE) * (1.0 / k_unit)[:, None]
+                k_block = load_row_block(k_ptr, first, end, Hk, kv_head, first_column, K, C, BE) * reciprocal(k_unit)[:, None]
                 d -= outer_sum(k, e * key_scale * key_scale, k_block, False, OPERAND)
                 _, length = row_norm(load_rows(q_ptr, first, end, H, head, K, C, BK))
                 x_scale = length * reciprocal(load_scalars(phi_ptr, first, end, H, head, 0.0, C, True))
@@ -166,7 +166,7 @@ def chunk_state_bwd_kernel(
                 _, _, _, m = load_readout(q_ptr, alpha_ptr, x_ptr, phi_ptr, first, end, H, head, K, C, BK, HAS_ALPHA)
                 m, m_scale = unit_rows(m)
                 do, do_scale = unit_rows(load_row_block(do_ptr, first, end, H, head, first_column, V, C, BE))
-                d += outer_sum(m, scale * tl.exp(c) * m_scale * do_scale, do, False, OPERAND)
+                d += outer_sum(m, SCALE * tl.exp(c) * m_scale * do_scale, do, False, OPERAND)
         tl.store(du0_ptr + corner + row * V + column, d, mask=inside)
 
 
@@ -204,7 +204,8 @@ def launch_chunk_state_bwd(
         wrap_triton(chunk_state_bwd_kernel)[grid](
             *(k, *present(k, g, gk, beta), *compact(h_chunks, state_scales)),
             *present(k, do, q, alpha, *compact(x, phi, y, y_scale, eta), dh_out, du_out, cu),
-            *(*out, scale, T, H, Hk),
+            *(*out, T, H, Hk),
+            SCALE=scale,
             K=K,
             V=V,
             C=C,
@@ -257,11 +258,11 @@ def chunk_grads_kernel(
     dg_ptr,  # [rows, H]
     dgk_ptr,  # [rows, H]
     dbeta_ptr,  # [rows, H]
-    scale,
     N,
     T,
     H,
     Hk,
+    SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -342,7 +343,7 @@ def chunk_grads_kernel(
         if HAS_OUTPUT:
             m, m_scale = unit_rows(m)
             do, do_scale = unit_rows(load_rows(do_ptr, first, end, H, head, V, C, BV))
-            nu = tl.trans(decay_mask(c, C)) * (scale * m_scale * do_scale)[None, :]
+            nu = tl.trans(decay_mask(c, C)) * (SCALE * m_scale * do_scale)[None, :]
             part += weighted_product(product(v, tl.trans(do), OPERAND), nu * value_scale[:, None], m, OPERAND)
             dv += weighted_product(product(k, tl.trans(m), OPERAND), nu * key_scale[:, None], do, OPERAND)
         if HAS_G:
@@ -398,7 +399,8 @@ def launch_chunk_grads(
             *(k, v, *present(k, g, gk, beta)),
             *compact(h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
             *present(k, do, q, alpha, *compact(x, phi, y, y_scale, eta, mdm), cu),
-            *(*out, scale, N, T, H, Hk),
+            *(*out, N, T, H, Hk),
+            SCALE=scale,
             K=K,
             V=V,
             C=C,

@@ -44,11 +44,11 @@ def chunk_output_kernel(
     o_ptr,  # [rows, H, V]
     x_ptr,  # [rows, H, K]
     phi_ptr,  # [rows, H]
-    scale,
     N,
     T,
     H,
     Hk,
+    SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -100,7 +100,7 @@ def chunk_output_kernel(
     weight = decay_mask(c, C) * (key_scale * v_scale)[None, :]
     o = weighted_product(product(m, tl.trans(k), OPERAND), weight, v, OPERAND)
     o += product(m, u, OPERAND) * (tl.exp(c) * u_scale)[:, None]
-    store_rows(o_ptr, o * (m_scale * scale)[:, None], first, end, H, head, V, C, BV)
+    store_rows(o_ptr, o * (m_scale * SCALE)[:, None], first, end, H, head, V, C, BV)
 
 
 def launch_chunk_output(
@@ -130,7 +130,8 @@ def launch_chunk_output(
     with on_device(q):
         wrap_triton(chunk_output_kernel)[(h_chunks.shape[0], H)](
             *(q, k, v, *present(q, g, gk, alpha, beta), *compact(h_chunks, u_chunks, state_scales), *present(q, cu), *out),
-            *(scale, N, T, H, Hk),
+            *(N, T, H, Hk),
+            SCALE=scale,
             K=K,
             V=V,
             C=C,
@@ -169,17 +170,17 @@ def chunk_output_bwd_kernel(
     y_scale_ptr,  # [rows, H]
     eta_ptr,  # [rows, H]
     mdm_ptr,  # [rows, H]
-    scale,
-    ridge_ratio,
     N,
     T,
     H,
     Hk,
+    SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    RIDGE_RATIO: tl.constexpr,
     NUM_ITER: tl.constexpr,
     TAU: tl.constexpr,
     FRONT: tl.constexpr,
@@ -214,7 +215,7 @@ def chunk_output_bwd_kernel(
     weight = decay_mask(c, C) * (key_scale * v_scale)[None, :]
     dm = weighted_product(product(do, tl.trans(v), OPERAND), weight, k, OPERAND)
     dm += product(do, tl.trans(u), OPERAND) * (tl.exp(c) * u_scale)[:, None]
-    dm *= (do_scale * scale)[:, None]
+    dm *= (do_scale * SCALE)[:, None]
 
     phi = load_scalars(phi_ptr, first, end, H, head, 0.0, C, True)
     gain = reciprocal(phi)
@@ -241,7 +242,7 @@ def chunk_output_bwd_kernel(
     store_scalars(y_scale_ptr, y_scale, first, end, H, head, C)
     y *= y_scale[:, None]
     x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-    store_scalars(eta_ptr, ridge_ratio * gain * x_scale * tl.sum(x * y, 1), first, end, H, head, C)
+    store_scalars(eta_ptr, RIDGE_RATIO * gain * x_scale * tl.sum(x * y, 1), first, end, H, head, C)
     if HAS_ALPHA:
         y += dq
     store_rows(dq_ptr, y, first, end, H, head, K, C, BK)
@@ -275,7 +276,9 @@ def launch_chunk_output_bwd(
     with on_device(q):
         wrap_triton(chunk_output_bwd_kernel)[(h_chunks.shape[0], H)](
             *(do, q, k, v, *present(q, g, gk, alpha, beta), *compact(h_chunks, u_chunks, state_scales), x, phi, *present(q, cu)),
-            *(*out, scale, ridge_ratio, N, T, H, Hk),
+            *(*out, N, T, H, Hk),
+            SCALE=scale,
+            RIDGE_RATIO=ridge_ratio,
             K=K,
             V=V,
             C=C,

@@ -109,16 +109,22 @@ def power_of_two(x):
 
 
 @triton.jit
-def unit_rows(x):
-    """(x divided by a power of two per row so that entries are below 2, those powers [C])."""
-    s = power_of_two(tl.max(tl.abs(x), 1))
-    return x * (1.0 / s)[:, None], s
+def unit_scale(largest):
+    """power_of_two(largest), but 0 for 0: what is zero has no scale, and asks for none of those that it is compared with."""
+    return tl.where(largest < TINY, 0.0, power_of_two(largest))
 
 
 @triton.jit
 def reciprocal(x):
     """1/x, and 0 where x is as good as zero."""
     return tl.where(x < TINY, 0.0, 1.0 / tl.where(x < TINY, 1.0, x))
+
+
+@triton.jit
+def unit_rows(x):
+    """(x divided by a power of two per row so that entries are below 2, those powers [C]: 0 for a row of zeros)."""
+    s = unit_scale(tl.max(tl.abs(x), 1))
+    return x * reciprocal(s)[:, None], s
 
 
 @triton.jit
@@ -208,8 +214,8 @@ def load_columns(ptr, scale_ptr, matrix, first_column, D: tl.constexpr, E: tl.co
     if ptr.dtype.element_ty == tl.float16:
         return tile, tl.load(scale_ptr + column, mask=inside, other=0.0)
     else:  # stored as it is: scaled on the way in
-        s = power_of_two(tl.max(tl.abs(tile), 0))
-        return tile * (1.0 / s)[None, :], s
+        s = unit_scale(tl.max(tl.abs(tile), 0))
+        return tile * reciprocal(s)[None, :], s
 
 
 @triton.jit
@@ -221,8 +227,8 @@ def store_columns(
     column = first_column + tl.arange(0, BE)
     inside = column < E
     if ptr.dtype.element_ty == tl.float16:
-        s = power_of_two(tl.max(tl.abs(tile), 0))
-        tile = tile * (1.0 / s)[None, :]
+        s = unit_scale(tl.max(tl.abs(tile), 0))
+        tile = tile * reciprocal(s)[None, :]
     else:
         s = tl.full((BE,), 1.0, tl.float32)
     target = ptr + matrix * (D * E) + row * E + column[None, :]
@@ -235,20 +241,22 @@ def load_state(ptr, scale_ptr, matrix, D: tl.constexpr, E: tl.constexpr, BD: tl.
     """A whole stored state as (tile [BD, BE] in its storage dtype, one scale): the state is tile · scale."""
     tile, scales = load_columns(ptr, scale_ptr, matrix, 0, D, E, BD, BE)
     s = tl.max(scales, 0)
-    return (tile * (scales * (1.0 / s))[None, :]).to(ptr.dtype.element_ty), s
+    return (tile * (scales * reciprocal(s))[None, :]).to(ptr.dtype.element_ty), s
 
 
 @triton.jit
 def frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND: tl.constexpr):
     """φ_t = ‖H_t‖_F [C], for keys key_scale_j k_j and a start state h_scale · h."""
     h32 = h.to(tl.float32)
+    square_scale = key_scale * key_scale
+    unit = power_of_two(tl.maximum(h_scale, tl.max(square_scale, 0)))  # φ² would leave float32 where φ does not
     start = tl.sum(tl.sum(h32 * h32, 1), 0)
-    start_gain = gamma * h_scale
+    start_gain = gamma * (h_scale / unit)
     cross = tl.sum(product(k, h, OPERAND) * k, 1)  # kᵀ h k of each key
     gram = product(k, tl.trans(k), OPERAND)
-    weight = mask * (key_scale * key_scale)[None, :]
+    weight = mask * (square_scale / unit)[None, :]
     inner = tl.sum(weight * (2.0 * start_gain[:, None] * cross[None, :] + wide_product(weight, gram * gram, OPERAND)), 1)
-    return tl.sqrt(tl.maximum(start_gain * start_gain * start + inner, 0.0))
+    return unit * tl.sqrt(tl.maximum(start_gain * start_gain * start + inner, 0.0))
 
 
 @triton.jit

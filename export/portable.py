@@ -1,0 +1,127 @@
+"""The portable form: programs without ``gka`` nodes, in standard ops alone.
+
+In the reference (:mod:`gka_compile.custom_ops.reference`) all but two loops is batched and traceable at any size, and the two are
+arguments: the scan over chunks, and the series of matrix products that is the solve.  Each consumer gets the form that it digests:
+
+             scan over chunks                            series of ``num_iter`` products
+    ONNX     ``scan``, which becomes one ``Scan``        unrolled: runtimes fuse what they see
+    Inductor one masked matrix product over the chunks   ``while_loop``: unrolled, it compiles for minutes
+
+``scan`` does not survive AOTInductor with a dynamic batch (KeyError in torch 2.13), and ``while_loop`` would copy the states of all
+chunks in every turn.  The matrix product is quadratic in the number of chunks, but with so small a factor that it costs less than
+the solve up to 180 000 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from gka_compile.custom_ops import reference
+from gka_compile.custom_ops.polynomial import chebyshev_coefficients
+from gka_compile.custom_ops.reference import Recurrence, Scan, Series, chebyshev_series
+from torch import Tensor
+from torch._higher_order_ops.scan import scan_op
+from torch._higher_order_ops.while_loop import while_loop_op
+from torch.export import ExportedProgram
+
+__all__ = ["INDUCTOR", "ONNX", "Loops", "portable"]
+
+
+class Loops(NamedTuple):
+    """How the two loops of the reference are written."""
+
+    scan: Scan
+    series: Series
+
+
+def _scan_node(recurrences: Sequence[Recurrence]) -> list[tuple[Tensor, Tensor]]:
+    """The chunk states as one ``scan`` node for all recurrences: two products and two sums a turn."""
+    n = len(recurrences)
+
+    def turn(*args: Tensor) -> list[Tensor]:
+        states, decays, increments = args[:n], args[n : 2 * n], args[2 * n :]
+        new = [d * s + i for s, d, i in zip(states, decays, increments, strict=True)]
+        return [*new, *(s.clone() for s in states)]  # an output may not be an input
+
+    decays = [r.total.exp()[..., None, None].transpose(0, 1) for r in recurrences]
+    increments = [r.increment.transpose(0, 1) for r in recurrences]
+    results = scan_op(turn, [r.initial for r in recurrences], [*decays, *increments], additional_inputs=())
+    return [(before.transpose(0, 1), last) for last, before in zip(results[:n], results[n:], strict=True)]
+
+
+def _scan_product(recurrences: Sequence[Recurrence]) -> list[tuple[Tensor, Tensor]]:
+    """The chunk states as S_c = Σ_{j≤c} e^{L_c − L_j} x_j: L the running log decay, x_0 the initial state, x_j the increments."""
+    results = []
+    for r in recurrences:
+        running = F.pad(r.total.cumsum(1), (0, 0, 1, 0)).transpose(1, 2)  # [N, H, n + 1]
+        terms = torch.cat([r.initial.unsqueeze(1), r.increment], 1).transpose(1, 2)  # [N, H, n + 1, X, Y]
+        states = (reference.decay_mask(running) @ terms.flatten(3)).unflatten(3, r.initial.shape[2:]).transpose(1, 2)
+        results.append((states[:, :-1], states[:, -1]))
+    return results
+
+
+def _series_loop(z: Callable[..., Tensor], operands: tuple[Tensor, ...], rhs: Tensor, ridge_ratio: float, num_iter: int) -> Tensor:
+    """The series as a ``while_loop`` of two terms a turn, so that no turn hands an input on as an output."""
+    c = chebyshev_coefficients(ridge_ratio, num_iter)
+    previous, t = rhs, z(rhs, *operands)
+    x = c[0] * previous + c[1] * t
+    first = 2
+    if num_iter % 2 == 0:
+        previous, t = t, 2 * z(t, *operands) - previous
+        x = x + c[2] * t
+        first = 3
+    if first > num_iter:
+        return x
+
+    def more(n: Tensor, *_: Tensor) -> Tensor:
+        return n <= num_iter
+
+    def turn(n: Tensor, previous: Tensor, t: Tensor, x: Tensor, c: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        one = 2 * z(t, *operands) - previous
+        two = 2 * z(one, *operands) - t
+        c_one, c_two = c.index_select(0, n.view(1)), c.index_select(0, n.view(1) + 1)
+        return n + 2, one, two, x + c_one * one + c_two * two
+
+    # neither torch.tensor nor arange: the one does not survive run_decompositions, the other would need the formula again
+    coefficients = torch.stack([rhs.new_full((), value) for value in c])
+    n = rhs.new_full((), first, dtype=torch.int64)
+    carried = (n, previous.contiguous(), t.contiguous(), x.contiguous())
+    return while_loop_op(more, turn, carried, (coefficients, *operands))[3]  # type: ignore[no-any-return, arg-type]
+
+
+ONNX = Loops(_scan_node, chebyshev_series)
+INDUCTOR = Loops(_scan_product, _series_loop)
+
+
+def portable(program: ExportedProgram, loops: Loops) -> ExportedProgram:
+    """``program`` with every forward ``gka`` node replaced by standard ops and the given loops.
+
+    Raises:
+        ValueError: a ``gka`` node remains: one of the backward, in-place, or of packed sequences, whose lengths are data.
+    """
+
+    def contiguous(*results: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.contiguous() for x in results)  # as an op's outputs are
+
+    def chunk_state(*args: Any) -> tuple[Tensor, ...]:
+        return contiguous(*reference.chunk_state(*args, scan=loops.scan))
+
+    def chunk_output(*args: Any) -> tuple[Tensor, ...]:
+        return contiguous(*reference.chunk_output(*args, series=loops.series))
+
+    def step(*args: Any) -> tuple[Tensor, ...]:
+        return contiguous(*reference.step(*args, series=loops.series))
+
+    gka = torch.ops.gka
+    for node in program.graph.nodes:
+        if node.target is gka.chunk_state.default and node.args[7] is not None:
+            raise ValueError("program: expected batches of sequences, got packed ones (cu_seqlens), which have no portable form")
+    table = {gka.chunk_state.default: chunk_state, gka.chunk_output.default: chunk_output, gka.step.default: step}
+    result = program.run_decompositions(table)
+    left = sorted({str(node.target) for node in result.graph.nodes if str(node.target).startswith("gka.")})
+    if left:
+        raise ValueError(f"program: expected gka nodes among chunk_state, chunk_output and step, got {', '.join(left)}")
+    return result

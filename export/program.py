@@ -1,0 +1,104 @@
+"""A model as two exported programs, prefill and step: the one caller of ``torch.export``.
+
+Both are functions of flat tensors, (tokens, *state) → (logits, *new state), with dynamic batch and length.  Every op of the ``gka``
+namespace is one node in them, so that one program serves every backend: Inductor opens the nodes where there are kernels (CUDA),
+:mod:`.portable` replaces them where there are none (ONNX, AOTInductor on the CPU).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+__all__ = ["BATCH", "LENGTH", "LanguageModel", "Programs", "export_program"]
+
+BATCH, LENGTH = "batch", "length"  # names of the dynamic dimensions
+
+# Neither size may be 0 or 1, nor the number of chunks (of 64 tokens) 1, or torch.export takes them for constants
+EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 130
+
+
+class LanguageModel(Protocol):
+    """What a model needs in order to be exported; :class:`gka_compile.model.ByteLM` has it.
+
+    A state is an ordered dict of tensors whose dimension 0 is the batch; it starts as zeros.
+    """
+
+    config: Any  # has vocab_size, max_length and to_dict()
+
+    def init_state(self, batch_size: int) -> dict[str, Tensor]: ...
+    def prefill(self, tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def step(self, tokens: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What :func:`export_program` returns."""
+
+    prefill: ExportedProgram
+    """(tokens [batch, length] int64, *state) → (logits [batch, vocab], *new state)"""
+    step: ExportedProgram
+    """(tokens [batch] int64, *state) → (logits [batch, vocab], *new state)"""
+    state: dict[str, Tensor]
+    """An example state, of batch EXAMPLE_BATCH: names, order, shapes, dtypes and device of the state's tensors."""
+
+    def items(self) -> tuple[tuple[str, ExportedProgram], ...]:
+        """Both programs with their names."""
+        return ("prefill", self.prefill), ("step", self.step)
+
+
+class _Entry(nn.Module):
+    """One entry of the model as a function of flat tensors."""
+
+    def __init__(self, model: nn.Module, name: str, keys: list[str]) -> None:
+        super().__init__()
+        self.model, self.name, self.keys = model, name, keys
+
+    def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        logits, new = getattr(self.model, self.name)(tokens, dict(zip(self.keys, state, strict=True)))
+        # AOTInductor reads its inputs with the example's strides and does not look: what comes out must be fit to go back in
+        return logits, *(new[key].contiguous() for key in self.keys)
+
+
+def export_program(model: LanguageModel) -> Programs:
+    """Export ``model.prefill`` and ``model.step`` on the model's device, without gradients.
+
+    Raises:
+        TypeError: the model is not a module, or its state is not a dict of tensors.
+        ValueError: the model is in training mode, or its state does not start as zeros with the batch in dimension 0.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if model.training:
+        raise ValueError("model: expected a model in eval mode, got one in training mode: call model.eval()")
+    state = _example_state(model)
+    device = next(iter(state.values())).device
+    tokens = torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH, dtype=torch.int64, device=device)
+
+    def export(name: str, tokens: Tensor, sizes: dict[int, Any]) -> ExportedProgram:
+        states = ({0: Dim(BATCH)},) * len(state)
+        entry = _Entry(model, name, list(state))
+        with torch.no_grad():
+            return torch.export.export(entry, (tokens, *state.values()), dynamic_shapes=(sizes, states), strict=False)
+
+    return Programs(
+        prefill=export("prefill", tokens, {0: Dim(BATCH), 1: Dim(LENGTH)}),
+        step=export("step", tokens[:, 0].clone(), {0: Dim(BATCH)}),
+        state=state,
+    )
+
+
+def _example_state(model: LanguageModel) -> dict[str, Tensor]:
+    state = model.init_state(EXAMPLE_BATCH)
+    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
+        raise TypeError(f"model.init_state: expected a dict of tensors, got {type(state).__name__}")
+    for name, x in state.items():
+        if x.dim() == 0 or x.shape[0] != EXAMPLE_BATCH:
+            raise ValueError(f"model.init_state: expected the batch {EXAMPLE_BATCH} in dimension 0 of {name}, got {tuple(x.shape)}")
+        if x.any():
+            raise ValueError(f"model.init_state: expected {name} to start as zeros, got others")
+    return state

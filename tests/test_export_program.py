@@ -1,0 +1,100 @@
+"""Exported programs and their portable form, before any backend."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from gka_compile.export import export_program
+from gka_compile.export.portable import INDUCTOR, ONNX, portable
+from gka_compile.export.program import Programs
+from gka_compile.model import ByteLM, ModelConfig
+
+GKA_LAYERS = 2
+OPS = {"prefill": ("gka.chunk_state.default", "gka.chunk_output.default"), "step": ("gka.step.default",)}
+
+
+def make_model(dtype: torch.dtype = torch.float64, **changes: object) -> ByteLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "max_length": 512}
+    return ByteLM(ModelConfig(**{"pattern": "GKA-*-GKA", **sizes, **changes})).to(dtype).eval()  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def model() -> ByteLM:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def programs(model: ByteLM) -> Programs:
+    return export_program(model)
+
+
+def targets(program: torch.export.ExportedProgram) -> list[str]:
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+def test_each_op_stays_one_node_until_the_portable_form(programs: Programs) -> None:
+    for name, program in programs.items():
+        found = [t for t in targets(program) if t.startswith("gka.")]
+        assert sorted(found) == sorted(OPS[name] * GKA_LAYERS)
+        for loops in (ONNX, INDUCTOR):
+            assert not [t for t in targets(portable(program, loops)) if t.startswith("gka.")]
+    assert targets(portable(programs.prefill, ONNX)).count("scan") == GKA_LAYERS  # H and U in one
+    assert targets(portable(programs.prefill, INDUCTOR)).count("while_loop") == GKA_LAYERS
+
+
+def test_batch_and_length_are_free(programs: Programs) -> None:
+    for name, symbols in (("prefill", 2), ("step", 1)):
+        ranges = getattr(programs, name).range_constraints.values()
+        assert len(ranges) == symbols
+        assert all(r.lower <= 1 and r.upper > 10**6 for r in ranges)
+
+
+@pytest.mark.parametrize("num_iter", [1, 2, 3, 30])
+@pytest.mark.parametrize("loops", [ONNX, INDUCTOR], ids=["onnx", "inductor"])
+def test_portable_form_computes_the_same_in_float64(loops: object, num_iter: int) -> None:
+    model = make_model(pattern="GKA", num_iter=num_iter)
+    programs = export_program(model)
+    prefill, step = (portable(p, loops).module(check_guards=False) for _, p in programs.items())  # type: ignore[arg-type]
+    for B, T in ((1, 1), (3, 63), (2, 64), (1, 65), (3, 200)):
+        tokens = torch.randint(256, (B, T + 1))
+        state = model.init_state(B)
+        with torch.no_grad():
+            expected = [model.prefill(tokens[:, :T], state)]
+            expected.append(model.step(tokens[:, T], expected[0][1]))
+            logits, *new = prefill(tokens[:, :T], *state.values())
+            assert all(x.is_contiguous() for x in new)
+            results = [(logits, new), ((last := step(tokens[:, T], *new))[0], last[1:])]
+        for (logits, new), (exact, exact_state) in zip(results, expected, strict=True):
+            torch.testing.assert_close(logits, exact, rtol=0, atol=1e-12)
+            for x, y in zip(new, exact_state.values(), strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+def test_what_cannot_be_exported_is_refused(model: ByteLM) -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
+        export_program("model")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected a model in eval mode"):
+        export_program(copy.deepcopy(model).train())
+
+
+def test_packed_sequences_and_backward_ops_have_no_portable_form() -> None:
+    class Packed(nn.Module):
+        def forward(self, k: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            return torch.ops.gka.chunk_state(k, k, None, None, None, None, None, ends, 2, 64)[3]
+
+    program = torch.export.export(Packed(), (torch.randn(1, 6, 2, 8), torch.tensor([0, 2, 6])), strict=False)
+    with pytest.raises(ValueError, match="got packed ones"):
+        portable(program, ONNX)
+
+    class InPlace(nn.Module):
+        def forward(self, q: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+            return torch.ops.gka.step_(q, q, q, h.clone(), h.clone(), None, None, None, None, 1.0, 0.02, 3)
+
+    program = torch.export.export(InPlace(), (torch.randn(2, 2, 8), torch.zeros(2, 2, 8, 8)), strict=False)
+    with pytest.raises(ValueError, match=r"expected gka nodes among .*, got gka.step_"):
+        portable(program, ONNX)
