@@ -11,7 +11,6 @@ The gradient is that of the exact solve, with the forward's polynomial for both 
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import ops
@@ -104,7 +103,7 @@ def _step_backward(ctx: Any, do: Tensor | None, dh: Tensor | None, du: Tensor | 
     def with_time(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.unsqueeze(1)
 
-    *per_token, = ctx.saved_tensors
+    (*per_token,) = ctx.saved_tensors
     h, u = per_token[3:5]
     q, k, v, g, gk, alpha, beta = (with_time(t) for t in per_token[:3] + per_token[5:])
     assert q is not None and k is not None and v is not None

@@ -49,8 +49,8 @@ except ImportError as error:  # no Triton on this machine: CPU tensors only
     def _no_triton(*_: Any) -> Any:
         raise RuntimeError("gka ops on a GPU, or under TRITON_INTERPRET=1, need Triton, which is not installed: pip install triton")
 
-    launch_chunk_grads = launch_chunk_output = launch_chunk_output_bwd = _no_triton
-    launch_chunk_state = launch_chunk_state_bwd = launch_step = _no_triton
+    launch_chunk_grads = launch_chunk_output = launch_chunk_output_bwd = _no_triton  # type: ignore[assignment]
+    launch_chunk_state = launch_chunk_state_bwd = launch_step = _no_triton  # type: ignore[assignment]
 
 __all__ = [
     "chunk_grads",
@@ -102,7 +102,7 @@ def _register(
             distinct.append(r)
         return tuple(distinct)
 
-    op = triton_op(f"gka::{name}", body, mutates_args=mutates)
+    op: Any = triton_op(f"gka::{name}", body, mutates_args=mutates)
     schema = str(getattr(torch.ops.gka, name).default._schema).removeprefix(f"gka::{name}")
     twin = custom_op(f"gka::{name}_cpu", run_on_cpu, mutates_args=mutates, schema=schema, device_types="cpu")
     op.register_fake(outputs)
@@ -114,7 +114,7 @@ def _register(
 
 
 def _chunk_state_outputs(k, v, g, gk, beta, h0, u0, cu_seqlens, num_heads, chunk_size):  # type: ignore[no-untyped-def]
-    (B, T, Hk, K), V, H = k.shape, v.shape[-1], num_heads
+    (B, T, _, K), V, H = k.shape, v.shape[-1], num_heads
     for x in (v.shape[:3], *(t.shape for t in (g, gk, beta) if t is not None)):
         torch._check(x[0] == B)
         torch._check(x[1] == T)
@@ -438,7 +438,7 @@ def _step_outputs(q, k, v, h, u, g, gk, alpha, beta, scale, ridge_ratio, num_ite
 
 def _launch_step_(*args: Any) -> None:
     *inputs, o = args
-    launch_step(*inputs, (o, inputs[3], inputs[4]))
+    launch_step(*inputs, (o, inputs[3], inputs[4]))  # type: ignore[call-arg]
 
 
 def _step(

@@ -36,6 +36,5 @@ def chebyshev_coefficients(ridge_ratio: float, num_iter: int) -> list[float]:
     degree = num_iter + 1
     front = 2.0 / (math.sinh(2.0 * math.asinh(math.sqrt(ridge_ratio))) * (1.0 + tau ** (2 * degree)))
     return [
-        (-1.0) ** n * (1.0 if n == 0 else 2.0) * front * tau**n * (1.0 - tau ** (2 * (degree - n)))
-        for n in range(num_iter + 1)
+        (-1.0) ** n * (1.0 if n == 0 else 2.0) * front * tau**n * (1.0 - tau ** (2 * (degree - n))) for n in range(num_iter + 1)
     ]

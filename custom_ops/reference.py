@@ -511,9 +511,7 @@ def _cotangents(
     qc = prepare(q)
     solution = prepare(x) * _norm(qc) * _reciprocal(prepare(phi).unsqueeze(-1))
     r = _readout(qc, None if alpha is None else prepare(alpha).unsqueeze(-1), solution)
-    return _Cotangents(
-        r.x, prepare(y) * prepare(y_scale).unsqueeze(-1), prepare(eta), r.m, qc, scale * prepare(do), prepare(mdm)
-    )
+    return _Cotangents(r.x, prepare(y) * prepare(y_scale).unsqueeze(-1), prepare(eta), r.m, qc, scale * prepare(do), prepare(mdm))
 
 
 def _ridge_path(eta: Tensor, mask: Tensor, gamma: Tensor) -> Tensor:
@@ -546,7 +544,7 @@ def chunk_state_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Cotangents of the states after each chunk and of the first: (dh_chunks, du_chunks, dstate_scales, dh0, du0)."""
     c = _chunks(k, v, g, gk, beta, cu_seqlens, num_heads, chunk_size)
-    dtype, (S, H, C, K), V = c.k.dtype, c.k.shape, v.shape[-1]
+    dtype, (S, H, _, K), V = c.k.dtype, c.k.shape, v.shape[-1]
     N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     h, _ = load_states(h_chunks, h_chunks[..., :0], state_scales[..., :K])
     d = _cotangents(do, q, alpha, x, phi, y, y_scale, eta, eta, cu_seqlens, scale, chunk_size, dtype)

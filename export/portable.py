@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from gka_compile.custom_ops import reference
-from gka_compile.custom_ops.polynomial import chebyshev_coefficients
-from gka_compile.custom_ops.reference import Recurrence, Scan, Series, chebyshev_series
 from torch import Tensor
 from torch._higher_order_ops.scan import scan_op
 from torch._higher_order_ops.while_loop import while_loop_op
 from torch.export import ExportedProgram
+
+from gka_compile.custom_ops import reference
+from gka_compile.custom_ops.polynomial import chebyshev_coefficients
+from gka_compile.custom_ops.reference import Recurrence, Scan, Series, chebyshev_series
 
 __all__ = ["INDUCTOR", "ONNX", "Loops", "portable"]
 
@@ -100,28 +101,21 @@ def portable(program: ExportedProgram, loops: Loops) -> ExportedProgram:
     """``program`` with every forward ``gka`` node replaced by standard ops and the given loops.
 
     Raises:
-        ValueError: a ``gka`` node remains: one of the backward, in-place, or of packed sequences, whose lengths are data.
+        ValueError: a ``gka`` node has no portable form: one of the backward, in place, or for packed sequences (lengths are data).
     """
 
-    def contiguous(*results: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.contiguous() for x in results)  # as an op's outputs are
-
-    def chunk_state(*args: Any) -> tuple[Tensor, ...]:
-        return contiguous(*reference.chunk_state(*args, scan=loops.scan))
-
-    def chunk_output(*args: Any) -> tuple[Tensor, ...]:
-        return contiguous(*reference.chunk_output(*args, series=loops.series))
-
-    def step(*args: Any) -> tuple[Tensor, ...]:
-        return contiguous(*reference.step(*args, series=loops.series))
+    def replaced(function: Callable[..., tuple[Tensor, ...]], **loop: Any) -> Callable[..., tuple[Tensor, ...]]:
+        return lambda *args: tuple(x.contiguous() for x in function(*args, **loop))  # contiguous, as an op's outputs are
 
     gka = torch.ops.gka
+    table = {
+        gka.chunk_state.default: replaced(reference.chunk_state, scan=loops.scan),
+        gka.chunk_output.default: replaced(reference.chunk_output, series=loops.series),
+        gka.step.default: replaced(reference.step, series=loops.series),
+    }
     for node in program.graph.nodes:
+        if str(node.target).startswith("gka.") and node.target not in table:
+            raise ValueError(f"program: expected gka nodes among chunk_state, chunk_output and step, got {node.target}")
         if node.target is gka.chunk_state.default and node.args[7] is not None:
             raise ValueError("program: expected batches of sequences, got packed ones (cu_seqlens), which have no portable form")
-    table = {gka.chunk_state.default: chunk_state, gka.chunk_output.default: chunk_output, gka.step.default: step}
-    result = program.run_decompositions(table)
-    left = sorted({str(node.target) for node in result.graph.nodes if str(node.target).startswith("gka.")})
-    if left:
-        raise ValueError(f"program: expected gka nodes among chunk_state, chunk_output and step, got {', '.join(left)}")
-    return result
+    return program.run_decompositions(table)

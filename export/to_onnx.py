@@ -11,6 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from .portable import ONNX, portable
+from .program import BATCH, LENGTH
 
 __all__ = ["present_name", "to_onnx"]
 
@@ -26,7 +27,7 @@ def present_name(name: str) -> str:
 
 
 def to_onnx(program: ExportedProgram, path: str | Path, input_names: Sequence[str], output_names: Sequence[str]) -> Path:
-    """Write ``program`` to ``path`` as ONNX in standard operators, its dynamic dimensions kept under their names.
+    """Write ``program``, one of :class:`.Programs`, to ``path`` as ONNX in standard operators, dynamic in "batch" and "length".
 
     Weights past the 2 GB of a protobuf go to a second file beside ``path``, named after it with ``.data`` added.
 
@@ -40,11 +41,13 @@ def to_onnx(program: ExportedProgram, path: str | Path, input_names: Sequence[st
     except ImportError as error:
         raise ImportError(f'ONNX export needs {error.name}, which is not installed: pip install "gka-compile[onnx]"') from error
     path = Path(path)
+    (tokens, *states), _ = program.example_inputs
     converted = torch.onnx.export(
         portable(program, ONNX),
         dynamo=True,
         input_names=list(input_names),
         output_names=list(output_names),
+        dynamic_shapes=(dict(enumerate((BATCH, LENGTH)[: tokens.dim()])), ({},) * len(states)),  # names: the states share them
         verbose=False,
     )
     assert converted is not None

@@ -134,7 +134,9 @@ def step_gka(
         o, h, u = ops.step(*args)
         return o, GKAState(h, u)
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        raise ValueError("inplace: expected no argument that requires grad, got one that does: use torch.no_grad() or inplace=False")
+        raise ValueError(
+            "inplace: expected no argument that requires grad, got one that does: use torch.no_grad() or inplace=False"
+        )
     for name, x in (("state.h_kk", h), ("state.h_kv", u)):
         if not x.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor to update in place, got strides {x.stride()}")

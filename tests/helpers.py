@@ -130,9 +130,7 @@ def run_reference(
     o, x, phi = reference.chunk_output(q, k, v, g, gk, alpha, beta, h0, u0, *read)
     dq, dalpha, *y = reference.chunk_output_bwd(do, q, k, v, g, gk, alpha, beta, *states, x, phi, *read[3:])
     given = (do, q, alpha, x, phi, *y)
-    *dstates, dh0, du0 = reference.chunk_state_bwd(
-        k, v, g, gk, beta, states[0], states[2], *given[:-1], dh, du, cu, SCALE, *sizes
-    )
+    *dstates, dh0, du0 = reference.chunk_state_bwd(k, v, g, gk, beta, states[0], states[2], *given[:-1], dh, du, cu, SCALE, *sizes)
     dk, dv, dg, dgk, dbeta = reference.chunk_grads(k, v, g, gk, beta, *states, *dstates, *given, cu, SCALE, *sizes)
     gradients = dict(zip(INPUTS, (dq, dk, dv, dg, dgk, dalpha, dbeta, dh0, du0), strict=True))
     return {"o": o, "h": h, "u": u, **{f"d{n}": gradients[n] for n in INPUTS if made[n] is not None}}

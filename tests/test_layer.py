@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, relative_error
+from helpers import CASES, DEVICE, budget, relative_error, run_reference
 from torch import Tensor
 
 from gka_compile import GKAState
@@ -127,6 +127,9 @@ def test_low_precision(dtype: torch.dtype, autocast: bool) -> None:
     assert cache.state.h_kk.dtype == cache.state.h_kv.dtype == torch.float32
     assert cache.conv.dtype == rest.conv.dtype == layer.dtype
     allowed = 2 * relative_error(low, exact)
+    if DEVICE == "cuda" and dtype != torch.float32:  # where the products inside the op round as well
+        oracle = run_reference(CASES[0], dtype, torch.float64)
+        allowed += budget(CASES[0], dtype, oracle)["o"]
     assert relative_error(found, exact) <= allowed
     assert relative_error(torch.cat([first, torch.stack(steps, 1)], 1), exact) <= allowed
     found.float().square().sum().backward()

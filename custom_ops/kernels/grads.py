@@ -1,7 +1,7 @@
 """chunk_state_bwd and chunk_grads: cotangents of the states, backwards in time, and of all that made them.
 
-Token t pulls G_t = −½(y_t x_tᵀ + x_t y_tᵀ) − η_t H_t out of H_t and scale · m_t do_tᵀ out of U_t.  Both kernels read a token's x, y,
-m and do as unit rows and one float32 factor: σ_t for the pair (x, y), ν_t for the pair (m, do).
+Token t pulls G_t = −½(y_t x_tᵀ + x_t y_tᵀ) − η_t H_t out of H_t and scale · m_t do_tᵀ out of U_t.  Both kernels read a token's
+x, y, m and do as unit rows and one float32 factor: σ_t for the pair (x, y), ν_t for the pair (m, do).
 """
 
 from typing import Any
@@ -38,7 +38,18 @@ __all__ = ["chunk_grads_kernel", "chunk_state_bwd_kernel", "launch_chunk_grads",
 
 @triton.jit
 def load_readout(
-    q_ptr, alpha_ptr, x_ptr, phi_ptr, first, end, H, head, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, HAS_ALPHA: tl.constexpr
+    q_ptr,
+    alpha_ptr,
+    x_ptr,
+    phi_ptr,
+    first,
+    end,
+    H,
+    head,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
 ):
     """(q, φx/‖q‖ as stored, its factor ‖q‖/φ [C], m = q + α(x − q)), all [C, BK] but the factor."""
     q = load_rows(q_ptr, first, end, H, head, K, C, BK)

@@ -117,8 +117,32 @@ def chunk_state_kernel(
         )
     else:
         scan_block(
-            k_ptr, v_ptr, g_ptr, beta_ptr, u0_ptr, u_chunks_ptr, scales_ptr + K, u_out_ptr,
-            n, h, begin, end, first_slot, (block - h_blocks) * BE, H, Hk, K, V, V, C, BK, BE, OPERAND, HAS_G, HAS_BETA, HAS_U0,
+            k_ptr,
+            v_ptr,
+            g_ptr,
+            beta_ptr,
+            u0_ptr,
+            u_chunks_ptr,
+            scales_ptr + K,
+            u_out_ptr,
+            n,
+            h,
+            begin,
+            end,
+            first_slot,
+            (block - h_blocks) * BE,
+            H,
+            Hk,
+            K,
+            V,
+            V,
+            C,
+            BK,
+            BE,
+            OPERAND,
+            HAS_G,
+            HAS_BETA,
+            HAS_U0,
         )
         # fmt: on
 

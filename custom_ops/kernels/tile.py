@@ -142,7 +142,7 @@ def product_into(a, b, accumulator, OPERAND: tl.constexpr):
     OPERAND float16: one product. float32: each factor as the sum of two float16 numbers, 22 bits, and three products on the same
     tensor cores; the factor 32 keeps the second number of small entries out of the subnormals.
     """
-    if OPERAND == tl.float32:
+    if tl.float32 == OPERAND:
         a = a.to(tl.float32) * 32.0
         b = b.to(tl.float32) * 32.0
         a_high = a.to(tl.float16)
@@ -163,7 +163,7 @@ def product(a, b, OPERAND: tl.constexpr):
 @triton.jit
 def wide_product(a, b, OPERAND: tl.constexpr):
     """a @ b for operands of any range: tf32 beside 16-bit inputs, three of them beside float32."""
-    if OPERAND == tl.float32:
+    if tl.float32 == OPERAND:
         return tl.dot(a, b, input_precision="tf32x3")
     else:
         return tl.dot(a, b, input_precision="tf32")
@@ -185,7 +185,7 @@ def outer_sum(a, weight, b, EXACT: tl.constexpr, OPERAND: tl.constexpr):
     s = power_of_two(tl.max(tl.abs(weight), 0))
     weighted = tl.trans(a * (weight * (1.0 / s))[:, None])
     total = product(weighted, b, OPERAND)
-    if EXACT and OPERAND != tl.float32:
+    if EXACT and tl.float32 != OPERAND:
         total += product(weighted - weighted.to(OPERAND).to(tl.float32), b, OPERAND)
     return total * s
 
@@ -219,9 +219,7 @@ def load_columns(ptr, scale_ptr, matrix, first_column, D: tl.constexpr, E: tl.co
 
 
 @triton.jit
-def store_columns(
-    ptr, scale_ptr, tile, matrix, first_column, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr
-):
+def store_columns(ptr, scale_ptr, tile, matrix, first_column, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
     """Store a float32 tile [BD, BE] as columns of a state; float16 storage takes a power of two out of every column."""
     row = tl.arange(0, BD)[:, None]
     column = first_column + tl.arange(0, BE)

@@ -1,0 +1,177 @@
+"""The command line: ``gka-compile demo | export | run | info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="gka-compile",
+    help="Gated KalmaNet that compiles, exports and deploys. Start with [bold]gka-compile demo[/bold].",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected auto, cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected a device of this machine, got cuda, and PyTorch finds no GPU")
+    return device
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float, typer.Option(min=1, help="How long to train.")] = 60,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoint/ and artifact/.")] = Path("gka-demo"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    length: Annotated[int, typer.Option(min=2, max=900, help="Bytes to generate.")] = 200,
+) -> None:
+    """Train a small language model on the standard library's source, compile it, export it, and compare all forms of it.
+
+    Generates the same bytes greedily from the eager model, torch.compile, AOTInductor and ONNX Runtime (the last two in processes
+    that never import the model), prints a table, and exits 1 if any of them disagrees.
+    """
+    from .demo import CONFIG, PROMPT, TOLERANCE, compare, train
+
+    model, loss = train(CONFIG, seconds, _device(device))
+    model.save(out / "checkpoint")
+    console.print(f"trained to {loss:.2f} nats per byte; weights in {out / 'checkpoint'}", highlight=False)
+    rows = compare(model, out / "artifact", length, lambda what: console.print(f"… {what}", highlight=False))
+    eager = rows[0]
+    console.print(bytes([*PROMPT, *eager.tokens[0].tolist()]).decode(errors="replace"), style="dim", markup=False, highlight=False)
+    table = Table(title=f"{length} bytes, greedily; a form agrees with the same bytes and logits within {TOLERANCE:g}")
+    for column in ("form", "max logit error", "tokens/s", "size", "build", "agrees"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            "" if row is eager else f"{row.error(eager):.1e}",
+            f"{row.tokens_per_second:.0f}",
+            "" if row.size is None else f"{row.size / 1e6:.1f} MB",
+            "" if row.build_seconds is None else f"{row.build_seconds:.0f} s",
+            "" if row is eager else "yes" if row.agrees(eager) else "NO",
+        )
+    console.print(table)
+    if not all(row.agrees(eager) for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and model.safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Artifact folder: new, or an artifact to replace.")],
+    backend: Annotated[list[str] | None, typer.Option(help="aoti or onnx; repeat for both (the default).")] = None,
+    device: Annotated[str, typer.Option(help="Device that aoti compiles for: auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Turn a checkpoint into an artifact that runs without the model's Python code."""
+    from .export import BACKENDS, save_artifact
+    from .model import ByteLM
+
+    model = ByteLM.load(checkpoint, _device(device)).eval()
+    manifest = save_artifact(model, out, tuple(backend or BACKENDS), lambda what: console.print(f"… {what}", highlight=False))
+    for name, entry in manifest["backends"].items():
+        files = ", ".join(f"{file} ({manifest['files'][file]['bytes'] / 1e6:.1f} MB)" for file in entry["programs"].values())
+        console.print(f"{name}: {files}, built in {entry['seconds']:.0f} s", highlight=False)
+
+
+@app.command()
+def run(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder, as gka-compile export or demo writes it.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "import ",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Bytes to generate.")] = 200,
+    backend: Annotated[str, typer.Option(help="aoti or onnx.")] = "aoti",
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+) -> None:
+    """Continue a text with an artifact; the text alone goes to standard output."""
+    import torch
+
+    from .export import Runner
+
+    if not prompt:
+        raise ValueError("--prompt: expected at least one byte, got none")
+    runner = Runner.load(artifact, backend)
+    generator = torch.Generator(runner.device).manual_seed(seed)
+    tokens = torch.tensor([list(prompt.encode())])
+    new = runner.generate(tokens, max_new_tokens, temperature=temperature, generator=generator)
+    sys.stdout.write(prompt + bytes(new[0].tolist()).decode(errors="replace") + "\n")
+
+
+@app.command()
+def info(artifact: Annotated[Path | None, typer.Argument(help="An artifact to describe as well.")] = None) -> None:
+    """Devices, backends and versions found here; with ARTIFACT, what it holds (every file is checked)."""
+    import torch
+
+    from . import __version__
+
+    table = Table(show_header=False)
+    table.add_row("gka-compile", __version__)
+    table.add_row("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("GPUs", ", ".join(devices) or "none")
+    for package, use in (
+        ("torch", ""),
+        ("triton", "kernels on a GPU"),
+        ("onnx", "ONNX export"),
+        ("onnxscript", "ONNX export"),
+        ("onnxruntime", "backend onnx"),
+        ("onnxruntime-gpu", "backend onnx on a GPU"),
+        ("tensorrt-rtx", "TensorRT for RTX"),
+        ("torch-tensorrt", "TensorRT inside torch"),
+        ("transformers", "Hugging Face checkpoints"),
+    ):
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found = "not installed"
+        table.add_row(package, found + (f" ({use})" if use else ""))
+    console.print(table)
+    if artifact is None:
+        return
+    from .export import load_manifest
+
+    manifest = load_manifest(artifact)
+    about = Table(title=f"{artifact} (whole)", show_header=False)
+    about.add_row("compiled for", manifest["target"])
+    about.add_row("made by", f"gka-compile {manifest['gka_compile']}")
+    for name, entry in manifest["backends"].items():
+        versions = ", ".join(f"{package} {version}" for package, version in entry["versions"].items())
+        about.add_row(f"backend {name}", f"{', '.join(entry['programs'].values())} ({versions})")
+    for entry in manifest["state"]:
+        about.add_row(f"state {entry['name']}", f"{entry['dtype']} {entry['shape']}")
+    console.print(about)
+
+
+def main() -> None:
+    """Entry point: errors of use are one line on standard error and exit code 2."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch about itself
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision is not needed
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
