@@ -2,7 +2,8 @@
 
     python benchmarks/compare_authors.py --hmf CHECKOUT [--quick]
 
-CHECKOUT is a checkout of awslabs/hybrid-model-factory; its ops need fla-core and einops. Their autotune lists are cut to a few
+CHECKOUT is a checkout of awslabs/hybrid-model-factory; its ops need einops and fla-core 0.4 (0.5 takes decays in base 2, they pass
+natural logs). Their autotune lists are cut to a few
 configurations, for with the full ones the first call takes minutes (docs/design.md). Prints Markdown.
 """
 
