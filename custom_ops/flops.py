@@ -15,8 +15,13 @@ def _tokens(shape: Any) -> int:
 
 
 def _solve(tokens: int, H: int, K: int, C: int, num_iter: int) -> int:
-    """φ and N applications of H_t: one product with H_c, two with the keys of the chunk."""
-    return 2 * tokens * H * (num_iter * (K * K + 2 * C * K) + K * K + C * K + C * C)
+    """N applications of H_t: one product with H_c, two with the keys of the chunk."""
+    return 2 * tokens * H * num_iter * (K * K + 2 * C * K)
+
+
+def _read(tokens: int, H: int, K: int, V: int, C: int) -> int:
+    """U_tᵀ m_t, or U_t do_t."""
+    return 2 * tokens * H * (K * V + C * (K + V))
 
 
 @register_flop_formula([gka.chunk_state, gka.chunk_state_cpu])
@@ -28,18 +33,21 @@ def _chunk_state(k: Any, v: Any, g: Any, gk: Any, beta: Any, h0: Any, u0: Any, c
 def _chunk_output(q: Any, k: Any, v: Any, *args: Any, **_: Any) -> int:
     num_iter, C = args[-2:]
     (H, K), V, tokens = q[2:], v[-1], _tokens(q)
-    return _solve(tokens, H, K, C, num_iter) + 2 * tokens * H * (K * V + C * (K + V))
+    phi = 2 * tokens * H * (K * K + C * K + C * C)
+    return phi + _solve(tokens, H, K, C, num_iter) + _read(tokens, H, K, V, C)
 
 
 @register_flop_formula([gka.chunk_output_bwd, gka.chunk_output_bwd_cpu])
 def _chunk_output_bwd(do: Any, q: Any, k: Any, v: Any, *args: Any, **_: Any) -> int:
-    return _chunk_output(q, k, v, *args)
+    num_iter, C = args[-2:]
+    (H, K), V, tokens = q[2:], v[-1], _tokens(q)
+    return _solve(tokens, H, K, C, num_iter) + _read(tokens, H, K, V, C)
 
 
 @register_flop_formula([gka.chunk_state_bwd, gka.chunk_state_bwd_cpu])
 def _chunk_state_bwd(k: Any, v: Any, *args: Any, **_: Any) -> int:
     H = args[-2]
-    return 2 * _tokens(k) * H * k[-1] * (3 * k[-1] + v[-1])
+    return 2 * _tokens(k) * H * k[-1] * (2 * k[-1] + v[-1])
 
 
 @register_flop_formula([gka.chunk_grads, gka.chunk_grads_cpu])
@@ -53,4 +61,4 @@ def _chunk_grads(k: Any, v: Any, *args: Any, **_: Any) -> int:
 def _step(q: Any, k: Any, v: Any, *args: Any, **_: Any) -> int:
     num_iter = args[-1]
     (B, H, K), V = q, v[-1]
-    return 2 * B * H * (K * (num_iter + 2) * K + 2 * K * V)
+    return 2 * B * H * (num_iter * K * K + K * V)

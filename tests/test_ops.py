@@ -25,6 +25,7 @@ from helpers import (
     run_reference,
 )
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from gka_compile.custom_ops import ops, reference
 from gka_compile.custom_ops.config import chunk_size
@@ -157,3 +158,15 @@ def test_any_magnitude(magnitude: float, dtype: torch.dtype) -> None:
     # o = Uᵀx, and both scale by factor² and its inverse: the same output
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}[dtype]
     assert relative_error(run(magnitude), run(1.0)) < tolerance
+
+
+@pytest.mark.skipif(INTERPRETED, reason="counting does not depend on the kernels")
+def test_flop_formulas_count_the_products_of_the_reference() -> None:
+    for op, args in chain(torch.float32, Case("flops", B=2, T=64, H=4, Hk=2, K=32, V=16))[:6]:
+        arguments = tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in args)
+        with FlopCounterMode(display=False) as counted:
+            op(*args)
+        with FlopCounterMode(display=False) as products:
+            getattr(reference, op._name.removeprefix("gka::"))(*arguments)
+        # the formulas leave out the products of masks with vectors
+        assert counted.get_total_flops() == pytest.approx(products.get_total_flops(), rel=0.02), op._name

@@ -1,0 +1,105 @@
+"""The command line: what it says, how it exits. Its parts are tested elsewhere; CI runs the demo itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gka_compile import demo
+from gka_compile.cli import app, main
+from gka_compile.model import ByteLM, ModelConfig
+
+TINY = ModelConfig(hidden_size=16, intermediate_size=16, pattern="GKA-*", num_heads=2, num_kv_heads=1, head_dim=8, max_length=64)
+
+
+@dataclass
+class Told:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
+    """The entry point in this process."""
+
+    def run(*arguments: str) -> Told:
+        monkeypatch.setattr(sys, "argv", ["gka-compile", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return Told(int(stop.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def test_help_teaches() -> None:
+    told = CliRunner().invoke(app, ["--help"]).output
+    assert all(name in told for name in ("demo", "export", "run", "info"))
+    assert "exits 1 if any of them disagrees" in " ".join(CliRunner().invoke(app, ["demo", "--help"]).output.split())
+
+
+def test_info_names_versions() -> None:
+    told = CliRunner().invoke(app, ["info"])
+    assert told.exit_code == 0
+    assert torch.__version__ in told.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere"], "nowhere: expected an artifact, got no manifest.json there"),
+        (["run", "nowhere", "--backend", "tensorrt"], "backend: expected one of aoti, onnx, got 'tensorrt'"),
+        (["run", "nowhere", "--prompt", ""], "--prompt: expected at least one byte, got none"),
+        (["export", "nowhere", "out"], "folder: expected a file nowhere/config.json, got none"),
+        (["demo", "--device", "tpu"], "--device: expected auto, cpu or cuda, got 'tpu'"),
+        (["info", "nowhere"], "nowhere: expected an artifact, got no manifest.json there"),
+    ],
+)
+def test_errors_of_use_are_one_line_and_exit_2(arguments: list[str], message: str, command: Callable[..., Told]) -> None:
+    told = command(*arguments)
+    assert told.code == 2
+    assert " ".join(told.err.split()) == f"error: {message}"
+
+
+def test_export_and_run(command: Callable[..., Told], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ByteLM(TINY).eval()
+    model.save(tmp_path / "checkpoint")
+    made = command("export", str(tmp_path / "checkpoint"), str(tmp_path / "artifact"), "--backend", "onnx", "--device", "cpu")
+    assert made.code == 0, made.err
+    assert "onnx: prefill.onnx" in made.out
+    arguments = ("run", str(tmp_path / "artifact"), "--backend", "onnx", "--prompt", "ab", "--max-new-tokens", "5")
+    told = command(*arguments)
+    assert told.code == 0, told.err
+    new = model.generate(torch.tensor([list(b"ab")]), 5)
+    assert told.out == "ab" + bytes(new[0].tolist()).decode(errors="replace") + "\n"
+    about = command("info", str(tmp_path / "artifact"))
+    assert "h_state_0" in about.out
+
+
+def row(name: str, logits: torch.Tensor, tokens: torch.Tensor) -> demo.Row:
+    return demo.Row(name, tokens, logits, 1.0, None, None)
+
+
+@pytest.mark.parametrize(("shift", "token", "code"), [(0.0, 7, 0), (2 * demo.TOLERANCE, 7, 1), (0.0, 8, 1), (float("nan"), 7, 1)])
+def test_demo_exits_1_where_a_form_disagrees(
+    shift: float, token: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, tokens = torch.zeros(2, 256), torch.tensor([[104, 7]])
+    rows = [row("eager", logits, tokens), row("other", logits + shift, torch.tensor([[104, token]]))]
+    monkeypatch.setattr(demo, "train", lambda *_: (ByteLM(TINY), 1.0))
+    monkeypatch.setattr(demo, "compare", lambda *_: rows)
+    assert CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--device", "cpu"]).exit_code == code
+
+
+def test_corpus_is_the_standard_library() -> None:
+    text = demo.corpus(1_000_000)
+    assert len(text) == 1_000_000
+    assert b"import " in bytes(text.tolist())
+    assert torch.equal(text, demo.corpus(1_000_000))
