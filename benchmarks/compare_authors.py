@@ -3,8 +3,8 @@
     python benchmarks/compare_authors.py --hmf CHECKOUT [--quick]
 
 CHECKOUT is a checkout of awslabs/hybrid-model-factory; its ops need einops and fla-core 0.4 (0.5 takes decays in base 2, they pass
-natural logs). Their autotune lists are cut to a few
-configurations, for with the full ones the first call takes minutes (docs/design.md). Prints Markdown.
+natural logs). Their autotune lists are cut to a few configurations, for with the full ones the first call takes minutes
+(docs/design.md). Prints Markdown.
 """
 
 from __future__ import annotations

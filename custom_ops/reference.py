@@ -482,7 +482,6 @@ class _Cotangents(NamedTuple):
     m: Tensor
     q: Tensor
     do: Tensor  # times scale
-    mdm: Tensor  # [S, H, C]
 
 
 def _cotangents(
@@ -494,7 +493,6 @@ def _cotangents(
     y: Tensor | None,
     y_scale: Tensor | None,
     eta: Tensor | None,
-    mdm: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     chunk_size: int,
@@ -503,7 +501,7 @@ def _cotangents(
     if do is None:
         return None
     assert q is not None and x is not None and phi is not None and y is not None and y_scale is not None
-    assert eta is not None and mdm is not None
+    assert eta is not None
 
     def prepare(t: Tensor) -> Tensor:
         return split(t.to(dtype), cu_seqlens, chunk_size)
@@ -511,7 +509,7 @@ def _cotangents(
     qc = prepare(q)
     solution = prepare(x) * _norm(qc) * _reciprocal(prepare(phi).unsqueeze(-1))
     r = _readout(qc, None if alpha is None else prepare(alpha).unsqueeze(-1), solution)
-    return _Cotangents(r.x, prepare(y) * prepare(y_scale).unsqueeze(-1), prepare(eta), r.m, qc, scale * prepare(do), prepare(mdm))
+    return _Cotangents(r.x, prepare(y) * prepare(y_scale).unsqueeze(-1), prepare(eta), r.m, qc, scale * prepare(do))
 
 
 def _ridge_path(eta: Tensor, mask: Tensor, gamma: Tensor) -> Tensor:
@@ -547,7 +545,7 @@ def chunk_state_bwd(
     dtype, (S, H, _, K), V = c.k.dtype, c.k.shape, v.shape[-1]
     N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     h, _ = load_states(h_chunks, h_chunks[..., :0], state_scales[..., :K])
-    d = _cotangents(do, q, alpha, x, phi, y, y_scale, eta, eta, cu_seqlens, scale, chunk_size, dtype)
+    d = _cotangents(do, q, alpha, x, phi, y, y_scale, eta, cu_seqlens, scale, chunk_size, dtype)
     gamma = c.c_h.exp().unsqueeze(-1)
     if d is None:
         add_h, add_u = c.k.new_zeros(S, H, K, K), c.k.new_zeros(S, H, K, V)
@@ -605,7 +603,7 @@ def chunk_grads(
     dtype = c.k.dtype
     B, T, Hk, _ = k.shape
     groups = num_heads // Hk
-    d = _cotangents(do, q, alpha, x, phi, y, y_scale, eta, mdm, cu_seqlens, scale, chunk_size, dtype)
+    d = _cotangents(do, q, alpha, x, phi, y, y_scale, eta, cu_seqlens, scale, chunk_size, dtype)
     h, u = load_states(h_chunks, u_chunks, state_scales)
     dh, du = load_states(dh_chunks, du_chunks, dstate_scales)
     gamma = c.c_h.exp().unsqueeze(-1)
@@ -645,7 +643,8 @@ def chunk_grads(
         dgk = decay(None if d is None else -(d.y * d.q).sum(-1), 0.5 * (c.k * dk_h).sum(-1), end)
     if g is not None:
         end = c.c_u[..., -1].exp() * (du * u).sum((-1, -2)) + (k_w * c.k).sum((-1, -2))
-        dg = decay(None if d is None else d.mdm, (c.k * dk_u).sum(-1), end)
+        own = None if mdm is None else split(mdm.to(dtype), cu_seqlens, chunk_size)
+        dg = decay(own, (c.k * dk_u).sum(-1), end)
 
     def reduce(t: Tensor, like: Tensor) -> Tensor:
         t = join(t, B, T, cu_seqlens)

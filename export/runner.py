@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gka_compile.tokens import check_tokens, choose
+
 from .artifact import BACKENDS, ArtifactError, Manifest, load_manifest, target
 from .program import BATCH
 
@@ -79,7 +81,7 @@ class Runner:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        return self._advance("prefill", _check_tokens("tokens", tokens, "[B,T]"))
+        return self._advance("prefill", check_tokens("tokens", tokens, "[B,T]"))
 
     def step(self, tokens: Tensor) -> Tensor:
         """Consume one token of each sequence, [B]: logits [B, vocab_size] after it.
@@ -87,7 +89,7 @@ class Runner:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        return self._advance("step", _check_tokens("tokens", tokens, "[B]"))
+        return self._advance("step", check_tokens("tokens", tokens, "[B]"))
 
     def generate(
         self,
@@ -109,7 +111,7 @@ class Runner:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        _check_tokens("prompt", prompt, "[B,T]")
+        check_tokens("prompt", prompt, "[B,T]")
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
             raise TypeError(f"max_new_tokens: expected an int, got {type(max_new_tokens).__name__}")
         if max_new_tokens < 1:
@@ -119,10 +121,10 @@ class Runner:
         self._check_room("max_new_tokens", prompt.shape[1] + max_new_tokens - 1)
         self.reset()
         logits = self._advance("prefill", prompt, "prompt")
-        tokens = [_choose(logits, temperature, generator)]
+        tokens = [choose(logits, temperature, generator)]
         while len(tokens) < max_new_tokens:
             logits = self._advance("step", tokens[-1])
-            tokens.append(_choose(logits, temperature, generator))
+            tokens.append(choose(logits, temperature, generator))
         return torch.stack(tokens, 1)
 
     def _advance(self, name: str, tokens: Tensor, argument: str = "tokens") -> Tensor:
@@ -148,23 +150,6 @@ class Runner:
     def _check_room(self, argument: str, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
             raise ValueError(f"{argument}: expected to consume at most max_length = {self.max_length} tokens, got {length}")
-
-
-def _check_tokens(name: str, tokens: Any, symbols: str) -> Tensor:
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(tokens).__name__}")
-    if tokens.dtype != torch.int64:
-        raise TypeError(f"{name}: expected dtype int64, got {tokens.dtype}")
-    if tokens.dim() != len(symbols.split(",")) or any(size == 0 for size in tokens.shape):
-        raise ValueError(f"{name}: expected shape {symbols} with at least one token, got {tuple(tokens.shape)}")
-    return tokens
-
-
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """Next tokens [B] from logits [B, vocab_size]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
 
 
 # --- backends --------------------------------------------------------------------------------------------------------------

@@ -305,7 +305,7 @@ class GatedKalmaNet(nn.Module):
     # --- checks ---
 
     def _check_hidden(self, x: Any, rank: int, symbols: str) -> None:
-        validation._tensor("hidden_states", x)
+        validation.check_tensor("hidden_states", x)
         if x.dim() != rank or x.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden_states: expected shape {symbols} with hidden_size = {self.hidden_size}, got {tuple(x.shape)}")
         if x.device != self.q_proj.weight.device:
@@ -320,7 +320,7 @@ class GatedKalmaNet(nn.Module):
         """The convolution's part; the states are checked where they are used."""
         if not isinstance(cache, GKACache):
             raise TypeError(f"cache: expected a GKACache, got {type(cache).__name__}")
-        validation._shape("cache.conv", cache.conv, (N, self.conv_channels, self.conv_size - 1), "[N,channels,conv_size-1]")
+        validation.check_shape("cache.conv", cache.conv, (N, self.conv_channels, self.conv_size - 1), "[N,channels,conv_size-1]")
         if cache.conv.dtype != self.dtype:
             raise TypeError(f"cache.conv: expected dtype {self.dtype} (the weights'), got {cache.conv.dtype}")
         if cache.conv.device != x.device:
@@ -347,13 +347,13 @@ def _check_layout(x: Tensor, attention_mask: Any, cu_seqlens: Any) -> int:
     if attention_mask is not None:
         if cu_seqlens is not None:
             raise ValueError("attention_mask: expected None beside cu_seqlens (packed sequences have no padding), got both")
-        validation._tensor("attention_mask", attention_mask)
+        validation.check_tensor("attention_mask", attention_mask)
         if attention_mask.is_floating_point() or attention_mask.is_complex():
             raise TypeError(f"attention_mask: expected a bool or integer dtype, got {attention_mask.dtype}")
-        validation._shape("attention_mask", attention_mask, (B, T), "[B,T]")
+        validation.check_shape("attention_mask", attention_mask, (B, T), "[B,T]")
         if attention_mask.device != x.device:
             raise ValueError(f"attention_mask: expected device {x.device} (hidden_states'), got {attention_mask.device}")
-    return B if cu_seqlens is None else validation._cu_seqlens(cu_seqlens, B, T, x)
+    return B if cu_seqlens is None else validation.check_cu_seqlens(cu_seqlens, B, T, x)
 
 
 def check_integers(values: dict[str, Any], least: int = 1) -> None:

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_chunk", "check_step"]
+__all__ = ["check_chunk", "check_cu_seqlens", "check_shape", "check_step", "check_tensor"]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 128
 
 
-def _tensor(name: str, x: Any) -> Tensor:
+def check_tensor(name: str, x: Any) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     return x
 
 
-def _shape(name: str, x: Tensor, expected: Sequence[Any], symbols: str) -> None:
+def check_shape(name: str, x: Tensor, expected: Sequence[Any], symbols: str) -> None:
     if x.dim() != len(expected) or any(a != b for a, b in zip(x.shape, expected, strict=True)):
         raise ValueError(f"{name}: expected shape {symbols} = {tuple(expected)}, got {tuple(x.shape)}")
 
@@ -52,7 +52,7 @@ def _heads(q: Any, k: Any, v: Any, lead: str) -> tuple[int, ...]:
     """Check q [*lead,H,K], k [*lead,Hk,K], v [*lead,Hk,V]; ``lead`` is "B,T" or "B"."""
     rank = len(lead.split(",")) + 2
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _tensor(name, x)
+        check_tensor(name, x)
         if x.dim() != rank:
             raise ValueError(f"{name}: expected {rank} dimensions [{lead},heads,width], got shape {tuple(x.shape)}")
         if x.dtype not in FLOATS:
@@ -62,8 +62,8 @@ def _heads(q: Any, k: Any, v: Any, lead: str) -> tuple[int, ...]:
             raise TypeError(f"{name}: expected dtype {q.dtype} (q's), got {x.dtype}")
     *batch, H, K = q.shape
     Hk, V = v.shape[-2:]
-    _shape("k", k, (*batch, Hk, K), f"[{lead},Hk,K]")
-    _shape("v", v, (*batch, Hk, V), f"[{lead},Hk,V]")
+    check_shape("k", k, (*batch, Hk, K), f"[{lead},Hk,K]")
+    check_shape("v", v, (*batch, Hk, V), f"[{lead},Hk,V]")
     _width("q", "K", K)
     _width("v", "V", V)
     if Hk < 1 or H % Hk:
@@ -77,8 +77,8 @@ def _gates(gates: dict[str, Any], q: Tensor, lead: str) -> None:
     for name, x in gates.items():
         if x is None:
             continue
-        _tensor(name, x)
-        _shape(name, x, q.shape[:-1], f"[{lead},H]")
+        check_tensor(name, x)
+        check_shape(name, x, q.shape[:-1], f"[{lead},H]")
         _device(name, x, q)
         if x.dtype not in (torch.float32, q.dtype):
             raise TypeError(f"{name}: expected dtype float32 or {q.dtype} (q's), got {x.dtype}")
@@ -92,15 +92,15 @@ def _state(name: str, state: Any, q: Tensor, N: int, H: int, K: int, V: int) -> 
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     for part, x, shape, symbols in (("h_kk", h, (N, H, K, K), "[N,H,K,K]"), ("h_kv", u, (N, H, K, V), "[N,H,K,V]")):
         label = f"{name}.{part}"
-        _tensor(label, x)
-        _shape(label, x, shape, symbols)
+        check_tensor(label, x)
+        check_shape(label, x, shape, symbols)
         _device(label, x, q)
         if x.dtype != exact:
             raise TypeError(f"{label}: expected dtype {exact}, got {x.dtype}")
 
 
-def _cu_seqlens(cu_seqlens: Any, B: int, T: int, q: Tensor) -> int:
-    _tensor("cu_seqlens", cu_seqlens)
+def check_cu_seqlens(cu_seqlens: Any, B: int, T: int, q: Tensor) -> int:
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected dtype int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -124,7 +124,7 @@ def check_chunk(
     B, T, H, K, V = _heads(q, k, v, "B,T")
     _gates(gates, q, "B,T")
     _parameters(scale, ridge_ratio, num_iter)
-    N = B if cu_seqlens is None else _cu_seqlens(cu_seqlens, B, T, q)
+    N = B if cu_seqlens is None else check_cu_seqlens(cu_seqlens, B, T, q)
     if state is not None:
         _state("initial_state", state, q, N, H, K, V)
 

@@ -15,6 +15,8 @@ import triton.language as tl
 __all__ = [
     "decay_mask",
     "dense_rows",
+    "frobenius",
+    "last",
     "load_columns",
     "load_row_block",
     "load_rows",
@@ -32,6 +34,7 @@ __all__ = [
     "store_scalars",
     "unit_rows",
     "weighted_product",
+    "wide_product",
 ]
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # below this ‖H‖_F counts as zero
@@ -142,7 +145,7 @@ def product_into(a, b, accumulator, OPERAND: tl.constexpr):
     OPERAND float16: one product. float32: each factor as the sum of two float16 numbers, 22 bits, and three products on the same
     tensor cores; the factor 32 keeps the second number of small entries out of the subnormals.
     """
-    if tl.float32 == OPERAND:
+    if OPERAND == tl.float32:
         a = a.to(tl.float32) * 32.0
         b = b.to(tl.float32) * 32.0
         a_high = a.to(tl.float16)
@@ -163,7 +166,7 @@ def product(a, b, OPERAND: tl.constexpr):
 @triton.jit
 def wide_product(a, b, OPERAND: tl.constexpr):
     """a @ b for operands of any range: tf32 beside 16-bit inputs, three of them beside float32."""
-    if tl.float32 == OPERAND:
+    if OPERAND == tl.float32:
         return tl.dot(a, b, input_precision="tf32x3")
     else:
         return tl.dot(a, b, input_precision="tf32")
@@ -185,7 +188,7 @@ def outer_sum(a, weight, b, EXACT: tl.constexpr, OPERAND: tl.constexpr):
     s = power_of_two(tl.max(tl.abs(weight), 0))
     weighted = tl.trans(a * (weight * (1.0 / s))[:, None])
     total = product(weighted, b, OPERAND)
-    if EXACT and tl.float32 != OPERAND:
+    if EXACT and OPERAND != tl.float32:
         total += product(weighted - weighted.to(OPERAND).to(tl.float32), b, OPERAND)
     return total * s
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..layer import RMSNorm, check_integers, exact
+from ..tokens import check_tokens, choose
 from .blocks import AttentionBlock, GKABlock, State, place
 from .config import ATTENTION, ModelConfig
 
@@ -64,7 +65,7 @@ class ByteLM(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        self._check_tokens(tokens, "[B,T]")
+        check_tokens("tokens", tokens, "[B,T]")
         at = place(torch.arange(tokens.shape[1], device=tokens.device)[None], self.config, self.dtype)
         x = self.embed_tokens(tokens)
         for layer in self.layers:
@@ -97,7 +98,7 @@ class ByteLM(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        self._check_tokens(tokens, "[B,T]")
+        check_tokens("tokens", tokens, "[B,T]")
         self._check_state(state, tokens)
         positions = state["position"].unsqueeze(-1) + torch.arange(tokens.shape[1], device=tokens.device)
         x = self.embed_tokens(tokens)
@@ -114,7 +115,7 @@ class ByteLM(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        self._check_tokens(tokens, "[B]")
+        check_tokens("tokens", tokens, "[B]")
         self._check_state(state, tokens)
         x = self.embed_tokens(tokens)
         new: State = {}
@@ -150,7 +151,7 @@ class ByteLM(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        self._check_tokens(prompt, "[B,T]", "prompt")
+        check_tokens("prompt", prompt, "[B,T]")
         check_integers({"max_new_tokens": max_new_tokens})
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature: expected a number that is not negative, got {temperature}")
@@ -168,10 +169,10 @@ class ByteLM(nn.Module):
         prefill = self.prefill if prefill is None else prefill
         step = self.step if step is None else step
         logits, state = prefill(prompt, state)
-        tokens = [_choose(logits, temperature, generator)]
+        tokens = [choose(logits, temperature, generator)]
         while len(tokens) < max_new_tokens:
             logits, state = step(tokens[-1], state)
-            tokens.append(_choose(logits, temperature, generator))
+            tokens.append(choose(logits, temperature, generator))
         return torch.stack(tokens, 1)
 
     # --- on disk ---
@@ -219,14 +220,6 @@ class ByteLM(nn.Module):
     def _blocks(self) -> list[GKABlock | AttentionBlock]:
         return list(self.layers)  # type: ignore[arg-type]
 
-    def _check_tokens(self, tokens: Any, symbols: str, name: str = "tokens") -> None:
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tokens).__name__}")
-        if tokens.dtype != torch.int64:
-            raise TypeError(f"{name}: expected dtype int64, got {tokens.dtype}")
-        if tokens.dim() != len(symbols.split(",")) or any(n == 0 for n in tokens.shape):
-            raise ValueError(f"{name}: expected shape {symbols} with at least one token, got {tuple(tokens.shape)}")
-
     def _check_state(self, state: Any, tokens: Tensor) -> None:
         """Names and shapes; the dtypes of GKA states are checked where they are used."""
         if not isinstance(state, dict):
@@ -250,10 +243,3 @@ class ByteLM(nn.Module):
 def _of_layer(state: State, i: int) -> State:
     end = f"_{i}"
     return {name.removesuffix(end): x for name, x in state.items() if name.endswith(end)}
-
-
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """Next tokens [B] from logits [B, vocab_size]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)

@@ -1,0 +1,32 @@
+"""Tokens in and out of a language model, for the model itself and for :class:`gka_compile.export.Runner`, which has no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_tokens", "choose"]
+
+
+def check_tokens(name: str, tokens: Any, symbols: str) -> Tensor:
+    """``tokens``, if they are int64 of the shape ``symbols`` ("[B,T]" or "[B]") and not empty.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tokens).__name__}")
+    if tokens.dtype != torch.int64:
+        raise TypeError(f"{name}: expected dtype int64, got {tokens.dtype}")
+    if tokens.dim() != len(symbols.split(",")) or any(size == 0 for size in tokens.shape):
+        raise ValueError(f"{name}: expected shape {symbols} with at least one token, got {tuple(tokens.shape)}")
+    return tokens
+
+
+def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """Next tokens [B] from logits [B, vocab_size]: the likeliest at temperature 0, else from softmax(logits / temperature)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
