@@ -55,14 +55,14 @@ ops.chunk_state.register_autograd(_chunk_state_backward, setup_context=_chunk_st
 
 def _chunk_output_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, g, gk, alpha, beta, h0, u0, _, _, _, cu_seqlens, *ctx.parameters, ctx.chunk_size = inputs
-    _, x, phi = output
-    ctx.save_for_backward(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, x, phi)
-    ctx.mark_non_differentiable(x, phi)
+    _, *solved = output
+    ctx.save_for_backward(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, *solved)
+    ctx.mark_non_differentiable(*solved)
     ctx.set_materialize_grads(False)
 
 
 def _chunk_output_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, x, phi = ctx.saved_tensors
+    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, x, x_scale, phi = ctx.saved_tensors
     do = cotangents[0]
     if do is None:
         return (None,) * 17
@@ -70,16 +70,16 @@ def _chunk_output_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor
     sizes = (q.shape[2], ctx.chunk_size)
     h_chunks, u_chunks, state_scales, _, _ = ops.chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, *sizes)
     dq, dalpha, y, y_scale, eta, mdm = ops.chunk_output_bwd(
-        *(do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, state_scales, x, phi),
+        *(do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, state_scales, x, x_scale, phi),
         *(cu_seqlens, scale, ridge_ratio, num_iter, ctx.chunk_size),
     )
     dh_chunks, du_chunks, dstate_scales, dh0, du0 = ops.chunk_state_bwd(
-        *(k, v, g, gk, beta, h_chunks, state_scales, do, q, alpha, x, phi, y, y_scale, eta),
+        *(k, v, g, gk, beta, h_chunks, state_scales, do, q, alpha, x, x_scale, y, y_scale, eta),
         *(None, None, cu_seqlens, scale, *sizes),
     )
     dk, dv, dg, dgk, dbeta = ops.chunk_grads(
         *(k, v, g, gk, beta, h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
-        *(do, q, alpha, x, phi, y, y_scale, eta, mdm, cu_seqlens, scale, *sizes),
+        *(do, q, alpha, x, x_scale, y, y_scale, eta, mdm, cu_seqlens, scale, *sizes),
     )
     return (
         *(dq, dk, dv, _as_input(dg, g), _as_input(dgk, gk), _as_input(dalpha, alpha), _as_input(dbeta, beta)),
@@ -114,11 +114,11 @@ def _step_backward(ctx: Any, do: Tensor | None, dh: Tensor | None, du: Tensor | 
     read: tuple[Tensor | None, ...] = (None,) * 9
     if do is not None:
         do = do.unsqueeze(1)
-        _, x, phi = ops.chunk_output(q, k, v, g, gk, alpha, beta, h, u, *states, None, *parameters, STEP_CHUNK)
+        _, x, x_scale, phi = ops.chunk_output(q, k, v, g, gk, alpha, beta, h, u, *states, None, *parameters, STEP_CHUNK)
         dq, dalpha, y, y_scale, eta, mdm = ops.chunk_output_bwd(
-            do, q, k, v, g, gk, alpha, beta, *states, x, phi, None, *parameters, STEP_CHUNK
+            do, q, k, v, g, gk, alpha, beta, *states, x, x_scale, phi, None, *parameters, STEP_CHUNK
         )
-        read = (do, q, alpha, x, phi, y, y_scale, eta, mdm)
+        read = (do, q, alpha, x, x_scale, y, y_scale, eta, mdm)
     dh_chunks, du_chunks, dstate_scales, dh0, du0 = ops.chunk_state_bwd(
         k, v, g, gk, beta, h_chunks, state_scales, *read[:-1], dh, du, None, ctx.scale, *sizes
     )

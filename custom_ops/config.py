@@ -1,6 +1,8 @@
 """Every number that is chosen rather than computed, in one place."""
 
-__all__ = ["CPU_CHUNK", "NUM_ITER", "RIDGE_RATIO", "chunk_size", "launch_settings"]
+import torch
+
+__all__ = ["CPU_CHUNK", "NUM_ITER", "RIDGE_RATIO", "STATE_COLUMNS", "chunk_size", "gpu_chunk", "launch_settings"]
 
 RIDGE_RATIO = 0.02  # a in λ = a‖H‖_F
 NUM_ITER = 30  # Chebyshev iterations; the error shrinks by 0.754 in each at a = 0.02
@@ -8,25 +10,37 @@ NUM_ITER = 30  # Chebyshev iterations; the error shrinks by 0.754 in each at a =
 CPU_CHUNK = 64
 
 
-def chunk_size(device_type: str, itemsize: int, K: int, V: int) -> int:
-    """Tokens per chunk.
-
-    On a GPU the solve holds four [C, width] tiles in registers: 32 rows, or 16 of wide float32 ones, whose operands take twice
-    the room. (64 rows bring in Hopper's asynchronous products, which Triton 3.6 gets wrong in places: docs/design.md.) The CPU's
-    reference is fastest at 64.
-    """
-    if device_type == "cpu":
+def chunk_size(device: torch.device, itemsize: int, K: int, V: int) -> int:
+    """Tokens per chunk on ``device``; the CPU's reference is fastest at 64."""
+    if device.type == "cpu":
         return CPU_CHUNK
-    return 16 if itemsize == 4 and max(K, V) > 64 else 32
+    return gpu_chunk(torch.cuda.get_device_capability(device)[0], itemsize, K, V)
 
+
+def gpu_chunk(major: int, itemsize: int, K: int, V: int) -> int:
+    """Tokens per chunk on a GPU of compute capability ``major``.*.
+
+    64 where there are asynchronous products of 64 rows, on Hopper and data-centre Blackwell. They come out wrong there for widths
+    below 64 (docs/design.md, section 5), and elsewhere 64 rows do not fit the registers: 32, or 16 of wide float32 tiles, whose
+    operands take twice the room.
+    """
+    if itemsize == 4:
+        return 16 if max(K, V) > 64 else 32
+    return 64 if major in (9, 10) and min(K, V) > 32 else 32
+
+
+STATE_COLUMNS = 64  # columns of a state that one program carries through time
 
 # (num_warps, num_stages) of each kernel up to a width of 64 and beyond; nothing is tuned at run time.
 _LAUNCH = {
     "chunk_state": ((4, 2), (8, 2)),
-    "chunk_output": ((4, 1), (4, 1)),
-    "chunk_output_bwd": ((4, 1), (8, 1)),
-    "chunk_state_bwd": ((4, 1), (8, 1)),
-    "chunk_grads": ((8, 1), (8, 1)),
+    "chunk_solve": ((4, 1), (4, 1)),
+    "chunk_read": ((4, 1), (4, 1)),
+    "chunk_read_bwd": ((4, 1), (4, 1)),
+    "chunk_solve_bwd": ((4, 1), (4, 1)),
+    "chunk_state_bwd": ((4, 1), (8, 2)),
+    "chunk_grads_u": ((4, 1), (8, 1)),
+    "chunk_grads_h": ((4, 1), (8, 1)),
     "step": ((4, 1), (8, 1)),
 }
 

@@ -1,6 +1,6 @@
 """The ops of the ``gka`` namespace, registered when this module is imported.
 
-Each op is one kernel launch:
+Each op is one or two kernel launches:
 
     chunk_state       (k, v, decays, initial state)      → states before every chunk, final state
     chunk_output      (q, k, v, decays, alpha, states)   → o, and the solve's by-products that the backward reuses
@@ -64,6 +64,7 @@ __all__ = [
 ]
 
 Tensors3 = tuple[Tensor, Tensor, Tensor]
+Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
 Tensors5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 Tensors6 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -124,7 +125,7 @@ def _chunk_state_outputs(k, v, g, gk, beta, h0, u0, cu_seqlens, num_heads, chunk
     return (
         k.new_empty(S, H, K, K, dtype=stored),
         k.new_empty(S, H, K, V, dtype=stored),
-        k.new_empty(S, H, K + V, dtype=torch.float32),
+        k.new_empty(S, H, 2, dtype=torch.float32),
         k.new_empty(N, H, K, K, dtype=exact),
         k.new_empty(N, H, K, V, dtype=exact),
     )
@@ -152,9 +153,9 @@ def _chunk_state(
         num_heads, chunk_size: H and C.
 
     Returns:
-        h_chunks [S,H,K,K], u_chunks [S,H,K,V]: stored; column j of a state is ``chunks[..., j] * state_scales[..., j]``.
-        state_scales [S,H,K+V]: powers of two (0 for a column of zeros), first the K columns of H, then the V
-        columns of U; ones unless stored as float16.
+        h_chunks [S,H,K,K], u_chunks [S,H,K,V]: stored; the states themselves are ``h_chunks * state_scales[..., 0, None, None]``
+        and ``u_chunks * state_scales[..., 1, None, None]``.
+        state_scales [S,H,2]: powers of two, 0 for a state of zeros.
         h_out [N,H,K,K], u_out [N,H,K,V]: final states.
     """
     args = (k, v, g, gk, beta, h0, u0, cu_seqlens, num_heads, chunk_size)
@@ -184,6 +185,7 @@ def _chunk_output_outputs(  # type: ignore[no-untyped-def]
         q.new_empty(B, T, H, V),
         q.new_empty(B, T, H, K, dtype=storage_dtype(q)),
         q.new_empty(B, T, H, dtype=compute_dtype(q)),
+        q.new_empty(B, T, H, dtype=compute_dtype(q)),
     )
 
 
@@ -205,7 +207,7 @@ def _chunk_output(
     ridge_ratio: float,
     num_iter: int,
     chunk_size: int,
-) -> Tensors3:
+) -> Tensors4:
     """Solve (H_t + a‖H_t‖_F I) x_t = q_t for every token and read out o_t = scale · U_tᵀ (q_t + α_t (x_t − q_t)).
 
     Args:
@@ -215,8 +217,8 @@ def _chunk_output(
         ridge_ratio, num_iter: a and N.
 
     Returns:
-        o [B,T,H,V] in q's dtype; x [B,T,H,K] stored: the solution normalised to φ_t x_t / ‖q_t‖; phi [B,T,H]: φ_t = ‖H_t‖_F.
-        x and phi are for the backward and carry no gradient.
+        o [B,T,H,V] in q's dtype; x [B,T,H,K] stored, x_scale [B,T,H]: the solution x_t is ``x * x_scale``;
+        phi [B,T,H]: φ_t = ‖H_t‖_F. The last three are for the backward and carry no gradient.
     """
     args = (
         *(q, k, v, g, gk, alpha, beta, h0, u0, h_chunks, u_chunks, state_scales, cu_seqlens),
@@ -238,7 +240,25 @@ chunk_output, chunk_output_cpu = _register(
 
 
 def _chunk_output_bwd_outputs(  # type: ignore[no-untyped-def]
-    do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, state_scales, x, phi, cu_seqlens, scale, ridge_ratio, num_iter, chunk_size
+    do,
+    q,
+    k,
+    v,
+    g,
+    gk,
+    alpha,
+    beta,
+    h_chunks,
+    u_chunks,
+    state_scales,
+    x,
+    x_scale,
+    phi,
+    cu_seqlens,
+    scale,
+    ridge_ratio,
+    num_iter,
+    chunk_size,
 ):
     exact = compute_dtype(q)
     per_token = q.shape[:3]
@@ -265,6 +285,7 @@ def _chunk_output_bwd(
     u_chunks: Tensor,
     state_scales: Tensor,
     x: Tensor,
+    x_scale: Tensor,
     phi: Tensor,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -275,14 +296,14 @@ def _chunk_output_bwd(
     """The adjoint solve y_t = (H_t + λ_t I)^{-1} dx_t: the forward's solve again, on the cotangent.
 
     Args:
-        do [B,T,H,V]: cotangent of o; the rest as in ``chunk_output``, x and phi its results.
+        do [B,T,H,V]: cotangent of o; the rest as in ``chunk_output``, x, x_scale and phi its results.
 
     Returns:
         dq [B,T,H,K] in q's dtype, dalpha [B,T,H] (empty without alpha); for the next two ops y [B,T,H,K] stored, normalised
         so that y_t is ``y * y_scale``; y_scale [B,T,H]; eta [B,T,H]: η_t = a (x_t·y_t)/φ_t; mdm [B,T,H]: m_t·dm_t.
     """
     args = (
-        *(do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, state_scales, x, phi, cu_seqlens),
+        *(do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, state_scales, x, x_scale, phi, cu_seqlens),
         *(scale, ridge_ratio, num_iter, chunk_size),
     )
     if do.device.type == "cpu":
@@ -318,7 +339,7 @@ def _chunk_state_bwd(
     q: Tensor | None,
     alpha: Tensor | None,
     x: Tensor | None,
-    phi: Tensor | None,
+    x_scale: Tensor | None,
     y: Tensor | None,
     y_scale: Tensor | None,
     eta: Tensor | None,
@@ -333,17 +354,17 @@ def _chunk_state_bwd(
 
     Args:
         k … chunk_size as given to ``chunk_state``, h_chunks and state_scales its results.
-        do, q, alpha, x, phi, y, y_scale, eta: the cotangent of o and what the two solves left; all None where only the final
+        do, q, alpha, x, x_scale, y, y_scale, eta: the cotangent of o and what the two solves left; all None where only the final
         states have a cotangent.
         dh_out [N,H,K,K], du_out [N,H,K,V]: cotangents of the final states, None: zero.
 
     Returns:
-        dh_chunks [S,H,K,K], du_chunks [S,H,K,V], dstate_scales [S,H,K+V]: cotangent of the state *after* each chunk, from all
+        dh_chunks [S,H,K,K], du_chunks [S,H,K,V], dstate_scales [S,H,2]: cotangent of the state *after* each chunk, from all
         that follows it, stored as in ``chunk_state``.
         dh0 [N,H,K,K] (its symmetric part, which is what is defined), du0 [N,H,K,V]: cotangents of the initial states.
     """
     args = (
-        *(k, v, g, gk, beta, h_chunks, state_scales, do, q, alpha, x, phi, y, y_scale, eta),
+        *(k, v, g, gk, beta, h_chunks, state_scales, do, q, alpha, x, x_scale, y, y_scale, eta),
         *(dh_out, du_out, cu_seqlens, scale, num_heads, chunk_size),
     )
     if k.device.type == "cpu":
@@ -388,7 +409,7 @@ def _chunk_grads(
     q: Tensor | None,
     alpha: Tensor | None,
     x: Tensor | None,
-    phi: Tensor | None,
+    x_scale: Tensor | None,
     y: Tensor | None,
     y_scale: Tensor | None,
     eta: Tensor | None,
@@ -408,7 +429,7 @@ def _chunk_grads(
     """
     args = (
         *(k, v, g, gk, beta, h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
-        *(do, q, alpha, x, phi, y, y_scale, eta, mdm, cu_seqlens, scale, num_heads, chunk_size),
+        *(do, q, alpha, x, x_scale, y, y_scale, eta, mdm, cu_seqlens, scale, num_heads, chunk_size),
     )
     if k.device.type == "cpu":
         return chunk_grads_cpu(*args)

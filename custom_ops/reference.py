@@ -199,25 +199,27 @@ def storage_dtype(x: Tensor) -> torch.dtype:
 
 
 def store_states(h: Tensor, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """States to their stored form: (h_chunks, u_chunks, state_scales [S, H, K + V]).
+    """States to their stored form: (h_chunks, u_chunks, state_scales [S, H, 2]).
 
-    float16 has the digits but not the range, so every column is divided by a power of two that brings its largest entry
+    float16 has the digits but not the range, so each state is divided by a power of two that brings its largest entry
     into [1, 2).  Wider dtypes are stored as they are, with scales of one.
     """
     if dtype != torch.float16:
-        return h.to(dtype), u.to(dtype), h.new_ones(h.shape[0], h.shape[1], h.shape[-1] + u.shape[-1], dtype=torch.float32)
-    largest = torch.cat([h, u], -1).abs().amax(-2)
+        return h.to(dtype), u.to(dtype), h.new_ones(h.shape[0], h.shape[1], 2, dtype=torch.float32)
+    largest = torch.stack([h.abs().amax((-1, -2)), u.abs().amax((-1, -2))], -1)
     scales = torch.where(largest < TINY, 0.0, largest.clamp(min=TINY).log2().floor().clamp(-126, 126).exp2())
-    inverse_h, inverse_u = _reciprocal(scales).unsqueeze(-2).split([h.shape[-1], u.shape[-1]], -1)
+    inverse_h, inverse_u = _reciprocal(scales)[..., None, None].unbind(2)
     return (h * inverse_h).to(dtype), (u * inverse_u).to(dtype), scales
+
+
+def load_state(chunks: Tensor, scales: Tensor) -> Tensor:
+    """One state from its stored form and ``state_scales[..., i]``, in the compute dtype."""
+    return chunks * scales[..., None, None] if chunks.dtype == torch.float16 else chunks
 
 
 def load_states(h_chunks: Tensor, u_chunks: Tensor, state_scales: Tensor) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`store_states`, in the compute dtype."""
-    if h_chunks.dtype != torch.float16:
-        return h_chunks, u_chunks
-    scale_h, scale_u = state_scales.unsqueeze(-2).split([h_chunks.shape[-1], u_chunks.shape[-1]], -1)
-    return h_chunks * scale_h, u_chunks * scale_u
+    return load_state(h_chunks, state_scales[..., 0]), load_state(u_chunks, state_scales[..., 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -402,8 +404,8 @@ def chunk_output(
     num_iter: int,
     chunk_size: int,
     series: Series = chebyshev_series,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve and read-out: (o, x, phi); see ``ops.chunk_output``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Solve and read-out: (o, x, x_scale, phi); see ``ops.chunk_output``."""
     B, T, H, _ = q.shape
     y = _chunks(k, v, g, gk, beta, cu_seqlens, H, chunk_size)
     qc = split(q.to(y.k.dtype), cu_seqlens, chunk_size)
@@ -413,12 +415,14 @@ def chunk_output(
     phi = _phi(y.k, mask, gamma, h)
     length = _norm(qc)
     unit_x = _solve(qc * _reciprocal(length), y.k, mask, gamma, h, phi, ridge_ratio, num_iter, series)
-    r = _readout(qc, ac, unit_x * length * _reciprocal(phi))
+    x_scale = length * _reciprocal(phi)
+    r = _readout(qc, ac, unit_x * x_scale)
     inner = decay_mask(y.c_u) * (r.m @ y.k.transpose(-1, -2))
     o = scale * (y.c_u.exp().unsqueeze(-1) * (r.m @ u) + inner @ y.v)
     return (
         join(o, B, T, cu_seqlens).to(q.dtype),
         join(unit_x, B, T, cu_seqlens).to(storage_dtype(q)),
+        join(x_scale.squeeze(-1), B, T, cu_seqlens),
         join(phi.squeeze(-1), B, T, cu_seqlens),
     )
 
@@ -440,6 +444,7 @@ def chunk_output_bwd(
     u_chunks: Tensor,
     state_scales: Tensor,
     x: Tensor,
+    x_scale: Tensor,
     phi: Tensor,
     cu_seqlens: Tensor | None,
     scale: float,
@@ -452,9 +457,9 @@ def chunk_output_bwd(
     c = _chunks(k, v, g, gk, beta, cu_seqlens, H, chunk_size)
     dtype = c.k.dtype
     qc, xc, doc = (split(t.to(dtype), cu_seqlens, chunk_size) for t in (q, x, do))
-    phic = split(phi.to(dtype), cu_seqlens, chunk_size).unsqueeze(-1)
+    phic, x_scale = (split(t.to(dtype), cu_seqlens, chunk_size).unsqueeze(-1) for t in (phi, x_scale))
     ac = None if alpha is None else split(alpha.to(dtype), cu_seqlens, chunk_size).unsqueeze(-1)
-    r = _readout(qc, ac, xc * _norm(qc) * _reciprocal(phic))
+    r = _readout(qc, ac, xc * x_scale)
     h, u = load_states(h_chunks, u_chunks, state_scales)
     mask, gamma = decay_mask(c.c_h), c.c_h.exp().unsqueeze(-1)
     inner = decay_mask(c.c_u) * (doc @ c.v.transpose(-1, -2))
@@ -489,7 +494,7 @@ def _cotangents(
     q: Tensor | None,
     alpha: Tensor | None,
     x: Tensor | None,
-    phi: Tensor | None,
+    x_scale: Tensor | None,
     y: Tensor | None,
     y_scale: Tensor | None,
     eta: Tensor | None,
@@ -500,14 +505,14 @@ def _cotangents(
 ) -> _Cotangents | None:
     if do is None:
         return None
-    assert q is not None and x is not None and phi is not None and y is not None and y_scale is not None
+    assert q is not None and x is not None and x_scale is not None and y is not None and y_scale is not None
     assert eta is not None
 
     def prepare(t: Tensor) -> Tensor:
         return split(t.to(dtype), cu_seqlens, chunk_size)
 
     qc = prepare(q)
-    solution = prepare(x) * _norm(qc) * _reciprocal(prepare(phi).unsqueeze(-1))
+    solution = prepare(x) * prepare(x_scale).unsqueeze(-1)
     r = _readout(qc, None if alpha is None else prepare(alpha).unsqueeze(-1), solution)
     return _Cotangents(r.x, prepare(y) * prepare(y_scale).unsqueeze(-1), prepare(eta), r.m, qc, scale * prepare(do))
 
@@ -529,7 +534,7 @@ def chunk_state_bwd(
     q: Tensor | None,
     alpha: Tensor | None,
     x: Tensor | None,
-    phi: Tensor | None,
+    x_scale: Tensor | None,
     y: Tensor | None,
     y_scale: Tensor | None,
     eta: Tensor | None,
@@ -544,8 +549,8 @@ def chunk_state_bwd(
     c = _chunks(k, v, g, gk, beta, cu_seqlens, num_heads, chunk_size)
     dtype, (S, H, _, K), V = c.k.dtype, c.k.shape, v.shape[-1]
     N = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    h, _ = load_states(h_chunks, h_chunks[..., :0], state_scales[..., :K])
-    d = _cotangents(do, q, alpha, x, phi, y, y_scale, eta, cu_seqlens, scale, chunk_size, dtype)
+    h = load_state(h_chunks, state_scales[..., 0])
+    d = _cotangents(do, q, alpha, x, x_scale, y, y_scale, eta, cu_seqlens, scale, chunk_size, dtype)
     gamma = c.c_h.exp().unsqueeze(-1)
     if d is None:
         add_h, add_u = c.k.new_zeros(S, H, K, K), c.k.new_zeros(S, H, K, V)
@@ -584,7 +589,7 @@ def chunk_grads(
     q: Tensor | None,
     alpha: Tensor | None,
     x: Tensor | None,
-    phi: Tensor | None,
+    x_scale: Tensor | None,
     y: Tensor | None,
     y_scale: Tensor | None,
     eta: Tensor | None,
@@ -603,7 +608,7 @@ def chunk_grads(
     dtype = c.k.dtype
     B, T, Hk, _ = k.shape
     groups = num_heads // Hk
-    d = _cotangents(do, q, alpha, x, phi, y, y_scale, eta, cu_seqlens, scale, chunk_size, dtype)
+    d = _cotangents(do, q, alpha, x, x_scale, y, y_scale, eta, cu_seqlens, scale, chunk_size, dtype)
     h, u = load_states(h_chunks, u_chunks, state_scales)
     dh, du = load_states(dh_chunks, du_chunks, dstate_scales)
     gamma = c.c_h.exp().unsqueeze(-1)

@@ -86,10 +86,10 @@ def chunk_gka(
     q, k, v = _autocast(q, k, v)
     H, K, V = q.shape[2], q.shape[3], v.shape[3]
     h0, u0 = (None, None) if initial_state is None else initial_state
-    C = config.chunk_size(q.device.type, q.dtype.itemsize, K, V)
+    C = config.chunk_size(q.device, q.dtype.itemsize, K, V)
     scale = K**-0.5 if scale is None else float(scale)
     h_chunks, u_chunks, state_scales, h_out, u_out = ops.chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, H, C)
-    o, _, _ = ops.chunk_output(
+    o, *_ = ops.chunk_output(
         *(q, k, v, g, gk, alpha, beta, h0, u0, h_chunks, u_chunks, state_scales, cu_seqlens),
         *(scale, float(ridge_ratio), num_iter, C),
     )

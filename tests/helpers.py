@@ -127,9 +127,9 @@ def run_reference(
     cu, sizes = packing(case), (case.H, chunk)
     *states, h, u = reference.chunk_state(k, v, g, gk, beta, h0, u0, cu, *sizes)
     read = (*states, cu, SCALE, RIDGE_RATIO, num_iter, chunk)
-    o, x, phi = reference.chunk_output(q, k, v, g, gk, alpha, beta, h0, u0, *read)
-    dq, dalpha, *y = reference.chunk_output_bwd(do, q, k, v, g, gk, alpha, beta, *states, x, phi, *read[3:])
-    given = (do, q, alpha, x, phi, *y)
+    o, x, x_scale, phi = reference.chunk_output(q, k, v, g, gk, alpha, beta, h0, u0, *read)
+    dq, dalpha, *y = reference.chunk_output_bwd(do, q, k, v, g, gk, alpha, beta, *states, x, x_scale, phi, *read[3:])
+    given = (do, q, alpha, x, x_scale, *y)
     *dstates, dh0, du0 = reference.chunk_state_bwd(k, v, g, gk, beta, states[0], states[2], *given[:-1], dh, du, cu, SCALE, *sizes)
     dk, dv, dg, dgk, dbeta = reference.chunk_grads(k, v, g, gk, beta, *states, *dstates, *given, cu, SCALE, *sizes)
     gradients = dict(zip(INPUTS, (dq, dk, dv, dg, dgk, dalpha, dbeta, dh0, du0), strict=True))
@@ -143,7 +143,7 @@ def run_ops(case: Case, dtype: torch.dtype, device: str, chunk: int = 16) -> dic
     q, k, v, g, gk, alpha, beta, h0, u0 = leaves.values()
     cu = packing(case, device)
     *states, h, u = ops.chunk_state(k, v, g, gk, beta, h0, u0, cu, case.H, chunk)
-    o, _, _ = ops.chunk_output(q, k, v, g, gk, alpha, beta, h0, u0, *states, cu, SCALE, RIDGE_RATIO, NUM_ITER, chunk)
+    o, *_ = ops.chunk_output(q, k, v, g, gk, alpha, beta, h0, u0, *states, cu, SCALE, RIDGE_RATIO, NUM_ITER, chunk)
     present = {name: x for name, x in leaves.items() if x is not None}
     cotangents = [x.to(device) for x in make_cotangents(case, dtype)]
     gradients = torch.autograd.grad((o, h, u), list(present.values()), cotangents)

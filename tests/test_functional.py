@@ -12,7 +12,7 @@ from helpers import DEVICE, INTERPRETED, Case, make_inputs, packing, relative_er
 
 from gka_compile import GKAState, chunk_gka, step_gka
 from gka_compile.custom_ops import recurrent_gka
-from gka_compile.custom_ops.config import chunk_size
+from gka_compile.custom_ops.config import chunk_size, gpu_chunk
 
 # float64 where the reference runs, else what float32 kernels reach
 DTYPE = torch.float32 if INTERPRETED or DEVICE == "cuda" else torch.float64
@@ -256,10 +256,11 @@ def test_bad_step_is_named() -> None:
 
 
 def test_chunk_lengths_are_powers_of_two_that_tensor_cores_take() -> None:
-    for device in ("cpu", "cuda"):
-        for itemsize in (2, 4, 8):
+    assert chunk_size(torch.device("cpu"), 2, 64, 64) == 64
+    for major in (8, 9, 10, 12):
+        for itemsize in (2, 4):
             for width in range(8, 129, 8):
-                assert chunk_size(device, itemsize, width, width) in (16, 32, 64)
+                assert gpu_chunk(major, itemsize, width, width) in (16, 32, 64)
 
 
 def test_cold_import_registers_the_ops() -> None:

@@ -20,9 +20,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from gka_compile.custom_ops import config, kernels, ops  # noqa: E402
 
 
-def launches(K: int, V: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]:
+def launches(K: int, V: int, dtype: torch.dtype, capability: int) -> Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]:
     """(op, launcher, arguments) of every op with every option on."""
-    B, T, H, chunk = 1, 64, 2, config.chunk_size("cuda", dtype.itemsize, K, V)
+    B, T, H, chunk = 1, 64, 2, config.gpu_chunk(capability // 10, dtype.itemsize, K, V)
     q, v, gate = torch.zeros(B, T, H, K, dtype=dtype), torch.zeros(B, T, H, V, dtype=dtype), torch.zeros(B, T, H)
     h, u = torch.zeros(B, H, K, K), torch.zeros(B, H, K, V)
     args: tuple[Any, ...] = (q, v, gate, gate, gate, h, u, None, H, chunk)
@@ -30,12 +30,12 @@ def launches(K: int, V: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable
     yield "chunk_state", kernels.launch_chunk_state, (*args, state)
     read = (None, 0.1, 0.02, 30, chunk)
     args = (q, q, v, gate, gate, gate, gate, h, u, *state[:3], *read)
-    o, x, phi = ops._chunk_output_outputs(*args)
-    yield "chunk_output", kernels.launch_chunk_output, (*args, (o, x, phi))
-    args = (o, q, q, v, gate, gate, gate, gate, *state[:3], x, phi, *read)
+    o, x, x_scale, phi = ops._chunk_output_outputs(*args)
+    yield "chunk_output", kernels.launch_chunk_output, (*args, (o, x, x_scale, phi))
+    args = (o, q, q, v, gate, gate, gate, gate, *state[:3], x, x_scale, phi, *read)
     adjoint = ops._chunk_output_bwd_outputs(*args)
     yield "chunk_output_bwd", kernels.launch_chunk_output_bwd, (*args, adjoint)
-    given = (o, q, gate, x, phi, *adjoint[2:])
+    given = (o, q, gate, x, x_scale, *adjoint[2:])
     args = (q, v, gate, gate, gate, state[0], state[2], *given[:-1], h, u, None, 0.1, H, chunk)
     dstate = ops._chunk_state_bwd_outputs(*args)
     yield "chunk_state_bwd", kernels.launch_chunk_state_bwd, (*args, dstate)
@@ -54,22 +54,27 @@ TARGETS += [(86, torch.float32, 128), (86, torch.float16, 64)]
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("capability", "dtype", "width"), TARGETS, ids=lambda x: str(x).removeprefix("torch."))
 def test_compiles_within_shared_memory(capability: int, dtype: torch.dtype, width: int, op: str) -> None:
-    launcher, args = next((launcher, args) for name, launcher, args in launches(width, width, dtype) if name == op)
-    compiled = compile_for(record(launcher, *args), capability)
-    shared = compiled.metadata.shared / 1024
-    used, spilled = registers(compiled, capability)
-    print(f"sm_{capability} {op} {dtype} {width}: {shared:.0f} KiB shared, {used} registers, {spilled} bytes spilled")
-    assert shared <= SHARED_MEMORY[capability]
-    assert b"ELF" in compiled.asm["cubin"][:16]
+    launcher, args = next((launcher, args) for name, launcher, args in launches(width, width, dtype, capability) if name == op)
+    for launch in record(launcher, *args):
+        compiled = compile_for(launch, capability)
+        shared = compiled.metadata.shared / 1024
+        used, spilled = registers(compiled, capability)
+        name = launch.kernel.__name__
+        print(f"sm_{capability} {name} {dtype} {width}: {shared:.0f} KiB shared, {used} registers, {spilled} bytes spilled")
+        assert shared <= SHARED_MEMORY[capability], name
+        assert b"ELF" in compiled.asm["cubin"][:16]
 
 
 OUTPUTS = {
-    "chunk_state": {"h_chunks_ptr", "u_chunks_ptr", "scales_ptr", "h_out_ptr", "u_out_ptr"},
-    "chunk_output": {"o_ptr", "x_ptr", "phi_ptr"},
-    "chunk_output_bwd": {"dq_ptr", "dalpha_ptr", "y_ptr", "y_scale_ptr", "eta_ptr", "mdm_ptr"},
-    "chunk_state_bwd": {"dh_chunks_ptr", "du_chunks_ptr", "dscales_ptr", "dh0_ptr", "du0_ptr"},
-    "chunk_grads": {"dk_ptr", "dv_ptr", "dg_ptr", "dgk_ptr", "dbeta_ptr"},
-    "step": {"o_ptr", "h_out_ptr", "u_out_ptr"},
+    "chunk_state_kernel": {"h_chunks_ptr", "u_chunks_ptr", "scales_ptr", "h_out_ptr", "u_out_ptr"},
+    "chunk_solve_kernel": {"x_ptr", "x_scale_ptr", "phi_ptr"},
+    "chunk_read_kernel": {"o_ptr"},
+    "chunk_read_bwd_kernel": {"dm_ptr", "dm_scale_ptr", "dalpha_ptr", "mdm_ptr"},
+    "chunk_solve_bwd_kernel": {"y_ptr", "y_scale_ptr", "dq_ptr", "eta_ptr"},
+    "chunk_state_bwd_kernel": {"dh_chunks_ptr", "du_chunks_ptr", "dscales_ptr", "dh0_ptr", "du0_ptr"},
+    "chunk_grads_u_kernel": {"dk_ptr", "dv_ptr", "dg_ptr", "dbeta_ptr"},
+    "chunk_grads_h_kernel": {"dk_ptr", "dgk_ptr", "dbeta_ptr"},
+    "step_kernel": {"o_ptr", "h_out_ptr", "u_out_ptr"},
 }
 
 
@@ -82,12 +87,12 @@ def test_inductor_sees_that_outputs_alone_are_written(op: str, monkeypatch: pyte
             return GPUTarget("cuda", 90, 32)
 
     monkeypatch.setattr(type(triton.runtime.driver), "active", Hopper())
-    launcher, args = next((launcher, args) for name, launcher, args in launches(64, 64, torch.bfloat16) if name == op)
-    launch = record(launcher, *args)
-    given = {**dict(zip(launch.kernel.arg_names, launch.args, strict=False)), **launch.constants}
-    if hasattr(triton_kernel_wrap, "identify_accessed_tensors"):
-        accesses = triton_kernel_wrap.identify_accessed_tensors(launch.kernel, given, {})
-        written = {write.name for write in accesses.read_writes.writes}
-    else:  # torch 2.11
-        written = set(triton_kernel_wrap.identify_mutated_tensors(launch.kernel, given, {}))
-    assert written == OUTPUTS[op]
+    launcher, args = next((launcher, args) for name, launcher, args in launches(64, 64, torch.bfloat16, 90) if name == op)
+    for launch in record(launcher, *args):
+        given = {**dict(zip(launch.kernel.arg_names, launch.args, strict=False)), **launch.constants}
+        if hasattr(triton_kernel_wrap, "identify_accessed_tensors"):
+            accesses = triton_kernel_wrap.identify_accessed_tensors(launch.kernel, given, {})
+            written = {write.name for write in accesses.read_writes.writes}
+        else:  # torch 2.11
+            written = set(triton_kernel_wrap.identify_mutated_tensors(launch.kernel, given, {}))
+        assert written == OUTPUTS[launch.kernel.__name__]

@@ -54,7 +54,7 @@ def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", WIDE, ids=str)
 def test_outputs_and_gradients_at_full_width(case: Case, dtype: torch.dtype) -> None:
-    chunk = chunk_size(DEVICE, dtype.itemsize, case.K, case.V)
+    chunk = chunk_size(torch.device(DEVICE), dtype.itemsize, case.K, case.V)
     # the same chunks for the oracle: dgk depends on them at the size of the truncation, not of the rounding
     oracle = run_reference(case, dtype, torch.float64, chunk)
     found = run_ops(case, dtype, DEVICE, chunk)
@@ -117,10 +117,10 @@ def chain(dtype: torch.dtype, case: Case) -> list[tuple]:
 
     *states, _h, _u = call(ops.chunk_state, k, v, g, gk, beta, h0, u0, None, case.H, chunk)
     parameters = (None, SCALE, RIDGE_RATIO, NUM_ITER, chunk)
-    o, x, phi = call(ops.chunk_output, q, k, v, g, gk, alpha, beta, h0, u0, *states, *parameters)
+    o, x, x_scale, phi = call(ops.chunk_output, q, k, v, g, gk, alpha, beta, h0, u0, *states, *parameters)
     do = torch.ones_like(o)
-    _, _, *y = call(ops.chunk_output_bwd, do, q, k, v, g, gk, alpha, beta, *states, x, phi, *parameters)
-    given = (do, q, alpha, x, phi, *y)
+    _, _, *y = call(ops.chunk_output_bwd, do, q, k, v, g, gk, alpha, beta, *states, x, x_scale, phi, *parameters)
+    given = (do, q, alpha, x, x_scale, *y)
     bounds = (None, SCALE, case.H, chunk)
     *dstates, _, _ = call(ops.chunk_state_bwd, k, v, g, gk, beta, states[0], states[2], *given[:-1], h0, u0, *bounds)
     call(ops.chunk_grads, k, v, g, gk, beta, *states, *dstates, *given, *bounds)

@@ -40,7 +40,7 @@ def step_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
-    BV: tl.constexpr,
+    BE: tl.constexpr,
     NUM_ITER: tl.constexpr,
     TAU: tl.constexpr,
     FRONT: tl.constexpr,
@@ -52,8 +52,7 @@ def step_kernel(
 ):
     """Grid (B · H). H stays in registers through all iterations.
 
-    H is symmetric, so H t is a sum over either axis: taking the axes in turn, each iterate comes out along the axis that the
-    next one needs, and no iteration moves data between threads but for its own sum. Z = 2H/φ − I is formed for that reason.
+    H is symmetric: H t is summed over rows, which a thread holds several of, and not over columns, which lie across a warp.
     """
     pid = tl.program_id(0).to(tl.int64)
     b = pid // H
@@ -75,43 +74,36 @@ def step_kernel(
     gain = reciprocal(phi)
     z2 = h * (4.0 * gain) - tl.where(row[:, None] == row[None, :], 2.0, 0.0)  # 2 Z
 
-    # even iterates lie along axis 1, odd ones along axis 0
-    even = q
-    odd = 0.5 * tl.sum(z2 * even[None, :], 1)
+    previous = q[None, :]
+    t = 0.5 * tl.dot(previous, z2, input_precision="ieee")
     power = -TAU
     tail = -TAIL / TAU
-    x_even = FRONT * (1.0 - TAIL) * even
-    x_odd = 2.0 * FRONT * (power - tail) * odd
-    for _ in range((NUM_ITER - 1) // 2):
+    x = FRONT * (1.0 - TAIL) * previous + 2.0 * FRONT * (power - tail) * t
+    for _ in range(NUM_ITER - 1):
+        new = tl.dot(t, z2, -previous, input_precision="ieee")
+        previous = t
+        t = new
         power *= -TAU
         tail *= -1.0 / TAU
-        even = tl.sum(z2 * odd[:, None], 0) - even
-        x_even += 2.0 * FRONT * (power - tail) * even
-        power *= -TAU
-        tail *= -1.0 / TAU
-        odd = tl.sum(z2 * even[None, :], 1) - odd
-        x_odd += 2.0 * FRONT * (power - tail) * odd
-    if NUM_ITER % 2 == 0:
-        power *= -TAU
-        tail *= -1.0 / TAU
-        even = tl.sum(z2 * odd[:, None], 0) - even
-        x_even += 2.0 * FRONT * (power - tail) * even
-    x = (x_even + x_odd) * gain
+        x += 2.0 * FRONT * (power - tail) * t
+    x = tl.reshape(x, (BK,)) * gain
     m = x
     if HAS_ALPHA:
         m = q + scalar(alpha_ptr, pid, 1.0, HAS_ALPHA) * (x - q)
 
-    column = tl.arange(0, BV)
-    place = row[:, None] * V + column[None, :]
-    inside = (row[:, None] < K) & (column[None, :] < V)
-    v = tl.load(v_ptr + kv_place * V + column, mask=column < V, other=0.0).to(tl.float32) * beta
-    u = tl.load(u_ptr + pid * (K * V) + place, mask=inside, other=0.0)
-    if HAS_G:
-        u *= tl.exp(scalar(g_ptr, pid, 0.0, HAS_G))
-    u += k[:, None] * v[None, :]
-    tl.store(u_out_ptr + pid * (K * V) + place, u, mask=inside)
-    o = SCALE * tl.sum(u * m[:, None], 0)
-    tl.store(o_ptr + pid * V + column, o.to(o_ptr.dtype.element_ty), mask=column < V)
+    # U in column blocks, one after the other: H has the registers
+    for first in range(0, V, BE):
+        column = first + tl.arange(0, BE)
+        u_place = pid * (K * V) + row[:, None] * V + column[None, :]
+        u_inside = (row[:, None] < K) & (column[None, :] < V)
+        v = tl.load(v_ptr + kv_place * V + column, mask=column < V, other=0.0).to(tl.float32) * beta
+        u = tl.load(u_ptr + u_place, mask=u_inside, other=0.0)
+        if HAS_G:
+            u *= tl.exp(scalar(g_ptr, pid, 0.0, HAS_G))
+        u += k[:, None] * v[None, :]
+        tl.store(u_out_ptr + u_place, u, mask=u_inside)
+        o = SCALE * tl.sum(u * m[:, None], 0)
+        tl.store(o_ptr + pid * V + column, o.to(o_ptr.dtype.element_ty), mask=column < V)
 
 
 def launch_step(
@@ -139,7 +131,7 @@ def launch_step(
             K=K,
             V=V,
             BK=block(K),
-            BV=block(V),
+            BE=min(32, block(V)),
             **polynomial(ridge_ratio, num_iter),
             HAS_G=g is not None,
             HAS_GK=gk is not None,

@@ -1,7 +1,7 @@
 """chunk_state_bwd and chunk_grads: cotangents of the states, backwards in time, and of all that made them.
 
 Token t pulls G_t = −½(y_t x_tᵀ + x_t y_tᵀ) − η_t H_t out of H_t and scale · m_t do_tᵀ out of U_t.  Both kernels read a token's
-x, y, m and do as unit rows and one float32 factor: σ_t for the pair (x, y), ν_t for the pair (m, do).
+x, y, m and do as unit rows and a float32 factor.
 """
 
 from typing import Any
@@ -10,56 +10,46 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
+from .. import config
 from .launch import Tensors, block, compact, on_device, operand, present, settings
 from .tile import (
     decay_mask,
+    decay_mask_transposed,
     dense_rows,
+    largest_entry,
     last,
-    load_columns,
+    load_block,
     load_row_block,
     load_rows,
     load_scalars,
     load_state,
+    narrow,
     outer_sum,
     packed_rows,
+    power_of_two,
     product,
+    product_into,
     reciprocal,
-    row_norm,
-    store_columns,
+    store_row_block,
     store_rows,
     store_scalars,
+    store_state,
+    transposed_product_into,
     unit_rows,
+    unit_scale,
     weighted_product,
-    wide_product,
 )
 
-__all__ = ["chunk_grads_kernel", "chunk_state_bwd_kernel", "launch_chunk_grads", "launch_chunk_state_bwd"]
+__all__ = ["chunk_grads_h_kernel", "chunk_grads_u_kernel", "chunk_state_bwd_kernel", "launch_chunk_grads", "launch_chunk_state_bwd"]
 
 
 @triton.jit
-def load_readout(
-    q_ptr,
-    alpha_ptr,
-    x_ptr,
-    phi_ptr,
-    first,
-    end,
-    H,
-    head,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    HAS_ALPHA: tl.constexpr,
-):
-    """(q, φx/‖q‖ as stored, its factor ‖q‖/φ [C], m = q + α(x − q)), all [C, BK] but the factor."""
-    q = load_rows(q_ptr, first, end, H, head, K, C, BK)
-    _, length = row_norm(q)
-    x_scale = length * reciprocal(load_scalars(phi_ptr, first, end, H, head, 0.0, C, True))
-    x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-    m = x * x_scale[:, None]
+def readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C: tl.constexpr, HAS_ALPHA: tl.constexpr):
+    """m = q + α(x_scale x − q), or columns of it."""
+    m = x * load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)[:, None]
     if HAS_ALPHA:
         m = q + load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)[:, None] * (m - q)
-    return q, x, x_scale, m
+    return m
 
 
 @triton.jit
@@ -69,12 +59,12 @@ def chunk_state_bwd_kernel(
     gk_ptr,  # [rows, H]
     beta_ptr,  # [rows, H]
     h_chunks_ptr,  # [S, H, K, K]
-    scales_ptr,  # [S, H, K + V]
+    scales_ptr,  # [S, H, 2]
     do_ptr,  # [rows, H, V]
     q_ptr,  # [rows, H, K]
     alpha_ptr,  # [rows, H]
     x_ptr,  # [rows, H, K]
-    phi_ptr,  # [rows, H]
+    x_scale_ptr,  # [rows, H]
     y_ptr,  # [rows, H, K]
     y_scale_ptr,  # [rows, H]
     eta_ptr,  # [rows, H]
@@ -83,7 +73,7 @@ def chunk_state_bwd_kernel(
     cu_ptr,  # [N + 1]
     dh_chunks_ptr,  # [S, H, K, K]
     du_chunks_ptr,  # [S, H, K, V]
-    dscales_ptr,  # [S, H, K + V]
+    dscales_ptr,  # [S, H, 2]
     dh0_ptr,  # [N, H, K, K]
     du0_ptr,  # [N, H, K, V]
     T,
@@ -94,6 +84,7 @@ def chunk_state_bwd_kernel(
     V: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
+    BV: tl.constexpr,
     BE: tl.constexpr,
     OPERAND: tl.constexpr,
     HAS_G: tl.constexpr,
@@ -122,62 +113,78 @@ def chunk_state_bwd_kernel(
     h_blocks: tl.constexpr = (K + BE - 1) // BE
     row = tl.arange(0, BK)[:, None]
 
+    bound = tl.full((), 0.0, tl.float32)  # of the entries, all columns included
+
     if block_id < h_blocks:
         first_column = block_id * BE
         column = first_column + tl.arange(0, BE)[None, :]
         inside = (row < K) & (column < K)
         corner = (n.to(tl.int64) * H + head) * (K * K)
+        d = tl.zeros((BK, BE), tl.float32)
         if HAS_DH:
             d = tl.load(dh_out_ptr + corner + row * K + column, mask=inside, other=0.0)
             d = 0.5 * (d + tl.load(dh_out_ptr + corner + column * K + row, mask=inside, other=0.0))
-        else:
-            d = tl.zeros((BK, BE), tl.float32)
+            bound = largest_entry(dh_out_ptr, n.to(tl.int64) * H + head, K, K, BK, BK)
         for back in range(chunks):
             i = chunks - 1 - back
             first = begin + i * C
             matrix = (first_slot + i).to(tl.int64) * H + head
-            store_columns(dh_chunks_ptr, dscales_ptr + matrix * (K + V), d, matrix, first_column, K, K, BK, BE)
+            store_state(dh_chunks_ptr, dscales_ptr, d, bound, matrix, 0, first_column, K, K, BK, BE)
             c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
-            d *= tl.exp(last(c, C))
+            decay = tl.exp(last(c, C))
+            d *= decay
+            bound *= decay
             if HAS_OUTPUT:
                 gamma = tl.exp(c)
-                eta = load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
-                e = tl.sum(decay_mask(c, C) * (gamma * eta)[:, None], 0)
-                h, h_scales = load_columns(h_chunks_ptr, scales_ptr + matrix * (K + V), matrix, first_column, K, K, BK, BE)
-                d -= tl.sum(gamma * gamma * eta, 0) * h.to(tl.float32) * h_scales[None, :]
+                eta = gamma * load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
+                ridge = tl.sum(gamma * eta, 0)
+                h, h_scale = load_state(h_chunks_ptr, scales_ptr, matrix, 0, first_column, K, K, BK, BE)
+                d -= (ridge * h_scale) * h.to(tl.float32)
                 k, k_unit = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
-                key_scale = k_unit * load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-                k_block = load_row_block(k_ptr, first, end, Hk, kv_head, first_column, K, C, BE) * reciprocal(k_unit)[:, None]
-                d -= outer_sum(k, e * key_scale * key_scale, k_block, False, OPERAND)
-                _, length = row_norm(load_rows(q_ptr, first, end, H, head, K, C, BK))
-                x_scale = length * reciprocal(load_scalars(phi_ptr, first, end, H, head, 0.0, C, True))
-                sigma = 0.5 * gamma * x_scale * load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
+                k_scale = k_unit * load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+                k_weight = tl.sum(decay_mask(c, C) * eta[:, None], 0) * k_scale * k_scale
+                x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
+                xy_weight = 0.5 * gamma * x_scale * load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
+                s = power_of_two(tl.max(tl.maximum(tl.abs(k_weight), tl.abs(xy_weight)), 0))
                 x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-                d -= outer_sum(x, sigma, load_row_block(y_ptr, first, end, H, head, first_column, K, C, BE), False, OPERAND)
                 y = load_rows(y_ptr, first, end, H, head, K, C, BK)
-                d -= outer_sum(y, sigma, load_row_block(x_ptr, first, end, H, head, first_column, K, C, BE), False, OPERAND)
+                k_block = load_row_block(k_ptr, first, end, Hk, kv_head, first_column, K, C, BE)
+                x_block = load_row_block(x_ptr, first, end, H, head, first_column, K, C, BE)
+                y_block = load_row_block(y_ptr, first, end, H, head, first_column, K, C, BE)
+                total = tl.zeros((BK, BE), tl.float32)
+                total = transposed_product_into(k, k_block * (k_weight * reciprocal(k_unit) / s)[:, None], total, OPERAND)
+                total = transposed_product_into(x, y_block * (xy_weight / s)[:, None], total, OPERAND)
+                total = transposed_product_into(y, x_block * (xy_weight / s)[:, None], total, OPERAND)
+                d -= total * s
+                bound += 2.0 * tl.abs(ridge) * h_scale + 4.0 * tl.sum(tl.abs(k_weight) + 2.0 * tl.abs(xy_weight), 0)
         tl.store(dh0_ptr + corner + row * K + column, d, mask=inside)
     else:
         first_column = (block_id - h_blocks) * BE
         column = first_column + tl.arange(0, BE)[None, :]
         inside = (row < K) & (column < V)
         corner = (n.to(tl.int64) * H + head) * (K * V)
+        d = tl.zeros((BK, BE), tl.float32)
         if HAS_DU:
             d = tl.load(du_out_ptr + corner + row * V + column, mask=inside, other=0.0)
-        else:
-            d = tl.zeros((BK, BE), tl.float32)
+            bound = largest_entry(du_out_ptr, n.to(tl.int64) * H + head, K, V, BK, BV)
         for back in range(chunks):
             i = chunks - 1 - back
             first = begin + i * C
             matrix = (first_slot + i).to(tl.int64) * H + head
-            store_columns(du_chunks_ptr, dscales_ptr + matrix * (K + V) + K, d, matrix, first_column, K, V, BK, BE)
+            store_state(du_chunks_ptr, dscales_ptr, d, bound, matrix, 1, first_column, K, V, BK, BE)
             c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
-            d *= tl.exp(last(c, C))
+            decay = tl.exp(last(c, C))
+            d *= decay
+            bound *= decay
             if HAS_OUTPUT:
-                _, _, _, m = load_readout(q_ptr, alpha_ptr, x_ptr, phi_ptr, first, end, H, head, K, C, BK, HAS_ALPHA)
-                m, m_scale = unit_rows(m)
-                do, do_scale = unit_rows(load_row_block(do_ptr, first, end, H, head, first_column, V, C, BE))
-                d += outer_sum(m, SCALE * tl.exp(c) * m_scale * do_scale, do, False, OPERAND)
+                q = load_rows(q_ptr, first, end, H, head, K, C, BK)
+                x = load_rows(x_ptr, first, end, H, head, K, C, BK)
+                m, m_scale = unit_rows(readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA))
+                do_scale = unit_scale(tl.max(tl.abs(load_rows(do_ptr, first, end, H, head, V, C, BV)), 1))
+                do = load_row_block(do_ptr, first, end, H, head, first_column, V, C, BE) * reciprocal(do_scale)[:, None]
+                weight = SCALE * tl.exp(c) * m_scale * do_scale
+                d += outer_sum(m, do, weight, False, OPERAND)
+                bound += 4.0 * tl.sum(tl.abs(weight), 0)
         tl.store(du0_ptr + corner + row * V + column, d, mask=inside)
 
 
@@ -193,7 +200,7 @@ def launch_chunk_state_bwd(
     q: Any,
     alpha: Any,
     x: Any,
-    phi: Any,
+    x_scale: Any,
     y: Any,
     y_scale: Any,
     eta: Any,
@@ -209,18 +216,19 @@ def launch_chunk_state_bwd(
     k, g, gk, beta, do, q, alpha, dh_out, du_out, cu = compact(k, g, gk, beta, do, q, alpha, dh_out, du_out, cu_seqlens)
     B, T, Hk, K = k.shape
     V, N = v.shape[-1], B if cu is None else cu.shape[0] - 1
-    BE = min(64, block(K), block(V))
+    BE = min(config.STATE_COLUMNS, block(K), block(V))
     grid = (triton.cdiv(K, BE) + triton.cdiv(V, BE), H, N)
     with on_device(k):
         wrap_triton(chunk_state_bwd_kernel)[grid](
             *(k, *present(k, g, gk, beta), *compact(h_chunks, state_scales)),
-            *present(k, do, q, alpha, *compact(x, phi, y, y_scale, eta), dh_out, du_out, cu),
+            *present(k, do, q, alpha, *compact(x, x_scale, y, y_scale, eta), dh_out, du_out, cu),
             *(*out, T, H, Hk),
             SCALE=scale,
             K=K,
             V=V,
             C=C,
             BK=block(K),
+            BV=block(V),
             BE=BE,
             OPERAND=operand(k.dtype),
             HAS_G=g is not None,
@@ -242,33 +250,26 @@ def reverse_sum(dc, C: tl.constexpr):
 
 
 @triton.jit
-def chunk_grads_kernel(
+def chunk_grads_u_kernel(
     k_ptr,  # [rows, Hk, K]
     v_ptr,  # [rows, Hk, V]
     g_ptr,  # [rows, H]
-    gk_ptr,  # [rows, H]
     beta_ptr,  # [rows, H]
-    h_chunks_ptr,  # [S, H, K, K]
     u_chunks_ptr,  # [S, H, K, V]
-    scales_ptr,  # [S, H, K + V]
-    dh_chunks_ptr,  # [S, H, K, K]
+    scales_ptr,  # [S, H, 2]
     du_chunks_ptr,  # [S, H, K, V]
-    dscales_ptr,  # [S, H, K + V]
+    dscales_ptr,  # [S, H, 2]
     do_ptr,  # [rows, H, V]
     q_ptr,  # [rows, H, K]
     alpha_ptr,  # [rows, H]
     x_ptr,  # [rows, H, K]
-    phi_ptr,  # [rows, H]
-    y_ptr,  # [rows, H, K]
-    y_scale_ptr,  # [rows, H]
-    eta_ptr,  # [rows, H]
+    x_scale_ptr,  # [rows, H]
     mdm_ptr,  # [rows, H]
     cu_ptr,  # [N + 1]
-    dk_ptr,  # [rows, Hk, K]
+    dk_ptr,  # [rows, Hk, K]: its part through U
     dv_ptr,  # [rows, Hk, V]
     dg_ptr,  # [rows, H]
-    dgk_ptr,  # [rows, H]
-    dbeta_ptr,  # [rows, H]
+    dbeta_ptr,  # [rows, H]: its part through U
     N,
     T,
     H,
@@ -281,7 +282,6 @@ def chunk_grads_kernel(
     BV: tl.constexpr,
     OPERAND: tl.constexpr,
     HAS_G: tl.constexpr,
-    HAS_GK: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     HAS_BETA: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
@@ -300,78 +300,170 @@ def chunk_grads_kernel(
     for group in range(groups):
         head = kv_head * groups + group
         matrix = slot.to(tl.int64) * H + head
-        scales = scales_ptr + matrix * (K + V)
-        dscales = dscales_ptr + matrix * (K + V)
         k, k_unit = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
+        v, v_unit = unit_rows(load_rows(v_ptr, first, end, Hk, kv_head, V, C, BV))
         beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
         key_scale = k_unit * beta
-
-        # through H: k̂ = key_scale k
-        c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
-        total = last(c, C)
-        d, d_scales = load_columns(dh_chunks_ptr, dscales, matrix, 0, K, K, BK, BK)
-        part = product(k, d, OPERAND) * (2.0 * key_scale * tl.exp(total - c))[:, None] * d_scales[None, :]
-        end_product = 0.5 * tl.sum(tl.sum(part * k, 1) * key_scale, 0)
-        h, h_scales = load_columns(h_chunks_ptr, scales, matrix, 0, K, K, BK, BK)
-        if HAS_GK:
-            inner = tl.sum(d.to(tl.float32) * h.to(tl.float32), 0) * d_scales * h_scales
-            end_product += tl.exp(total) * tl.sum(inner, 0)
-        if HAS_OUTPUT:
-            q, x, x_scale, m = load_readout(q_ptr, alpha_ptr, x_ptr, phi_ptr, first, end, H, head, K, C, BK, HAS_ALPHA)
-            y = load_rows(y_ptr, first, end, H, head, K, C, BK)
-            y_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
-            eta = load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
-            mask = decay_mask(c, C)
-            mask_t = tl.trans(mask)
-            ridge = wide_product(mask_t, mask * eta[:, None], OPERAND) * (key_scale * key_scale)[None, :]
-            part -= weighted_product(product(k, tl.trans(k), OPERAND), 2.0 * ridge * key_scale[:, None], k, OPERAND)
-            e = tl.sum(mask * (tl.exp(c) * eta)[:, None], 0)
-            part -= product(k, h, OPERAND) * (2.0 * e * key_scale)[:, None] * h_scales[None, :]
-            sigma = mask_t * (x_scale * y_scale)[None, :] * key_scale[:, None]
-            part -= weighted_product(product(k, tl.trans(x), OPERAND), sigma, y, OPERAND)
-            part -= weighted_product(product(k, tl.trans(y), OPERAND), sigma, x, OPERAND)
-        if HAS_GK:
-            dc = -0.5 * tl.sum(part * k, 1) * key_scale
-            if HAS_OUTPUT:
-                dc -= tl.sum(y * q, 1) * y_scale
-            store_scalars(dgk_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
-        dk = part
-
-        # through U
-        v, v_unit = unit_rows(load_rows(v_ptr, first, end, Hk, kv_head, V, C, BV))
         value_scale = v_unit * beta
         c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
         total = last(c, C)
-        d, d_scale = load_state(du_chunks_ptr, dscales + K, matrix, K, V, BK, BV)
+        d, d_scale = load_state(du_chunks_ptr, dscales_ptr, matrix, 1, 0, K, V, BK, BV)
         tail = d_scale * tl.exp(total - c)
-        part = product(v, tl.trans(d), OPERAND) * (tail * value_scale)[:, None]
-        end_product = tl.sum(tl.sum(part * k, 1) * key_scale, 0)
+        dk = product(v, tl.trans(d), OPERAND) * (tail * value_scale)[:, None]
+        end_product = tl.sum(tl.sum(dk * k, 1) * key_scale, 0)
         if HAS_G:
-            u, u_scale = load_state(u_chunks_ptr, scales + K, matrix, K, V, BK, BV)
+            u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
             inner = tl.sum(tl.sum(d.to(tl.float32) * u.to(tl.float32), 1), 0)
             end_product += tl.exp(total) * d_scale * u_scale * inner
         dv = product(k, d, OPERAND) * (tail * key_scale)[:, None]
         if HAS_OUTPUT:
-            m, m_scale = unit_rows(m)
+            q = load_rows(q_ptr, first, end, H, head, K, C, BK)
+            x = load_rows(x_ptr, first, end, H, head, K, C, BK)
+            m, m_scale = unit_rows(readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA))
             do, do_scale = unit_rows(load_rows(do_ptr, first, end, H, head, V, C, BV))
-            nu = tl.trans(decay_mask(c, C)) * (SCALE * m_scale * do_scale)[None, :]
-            part += weighted_product(product(v, tl.trans(do), OPERAND), nu * value_scale[:, None], m, OPERAND)
+            nu = decay_mask_transposed(c, C) * (SCALE * m_scale * do_scale)[None, :]
+            dk += weighted_product(product(v, tl.trans(do), OPERAND), nu * value_scale[:, None], m, OPERAND)
             dv += weighted_product(product(k, tl.trans(m), OPERAND), nu * key_scale[:, None], do, OPERAND)
+        dk_k = tl.sum(dk * k, 1)
         if HAS_G:
-            dc = -tl.sum(part * k, 1) * key_scale
+            dc = -dk_k * key_scale
             if HAS_OUTPUT:
                 dc += load_scalars(mdm_ptr, first, end, H, head, 0.0, C, True)
             store_scalars(dg_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
-        dk += part
         if HAS_BETA:
-            dbeta = tl.sum(dk * k, 1) * k_unit + tl.sum(dv * v, 1) * v_unit
-            store_scalars(dbeta_ptr, dbeta, first, end, H, head, C)
+            store_scalars(dbeta_ptr, dk_k * k_unit + tl.sum(dv * v, 1) * v_unit, first, end, H, head, C)
             dk *= beta[:, None]
             dv *= beta[:, None]
         dk_sum += dk
         dv_sum += dv
     store_rows(dk_ptr, dk_sum, first, end, Hk, kv_head, K, C, BK)
     store_rows(dv_ptr, dv_sum, first, end, Hk, kv_head, V, C, BV)
+
+
+@triton.jit
+def chunk_grads_h_kernel(
+    k_ptr,  # [rows, Hk, K]
+    gk_ptr,  # [rows, H]
+    beta_ptr,  # [rows, H]
+    h_chunks_ptr,  # [S, H, K, K]
+    scales_ptr,  # [S, H, 2]
+    dh_chunks_ptr,  # [S, H, K, K]
+    dscales_ptr,  # [S, H, 2]
+    q_ptr,  # [rows, H, K]
+    x_ptr,  # [rows, H, K]
+    x_scale_ptr,  # [rows, H]
+    y_ptr,  # [rows, H, K]
+    y_scale_ptr,  # [rows, H]
+    eta_ptr,  # [rows, H]
+    cu_ptr,  # [N + 1]
+    dk_ptr,  # [rows, Hk, K]: its part through U on entry
+    dgk_ptr,  # [rows, H]
+    dbeta_ptr,  # [rows, H]: its part through U on entry
+    N,
+    T,
+    H,
+    Hk,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    HALVES: tl.constexpr,  # 1 or 2: column blocks, one after the other, for the registers
+    OPERAND: tl.constexpr,
+    HAS_GK: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Grid (slots, key heads): what comes through H, added to what chunk_grads_u_kernel left. k̂ = key_scale k."""
+    slot = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    if PACKED:
+        first, end = packed_rows(slot, cu_ptr, N, C)
+    else:
+        first, end = dense_rows(slot, T, C)
+    groups = H // Hk
+    HK: tl.constexpr = BK // HALVES
+    row = tl.arange(0, C)
+    dk_sum = load_row_block(dk_ptr, first, end, Hk, kv_head, 0, K, C, HK)
+    dk_sum_1 = tl.zeros((C, HK), tl.float32)
+    if HALVES == 2:
+        dk_sum_1 += load_row_block(dk_ptr, first, end, Hk, kv_head, HK, K, C, HK)
+    for group in range(groups):
+        head = kv_head * groups + group
+        matrix = slot.to(tl.int64) * H + head
+        k, k_unit = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
+        k = narrow(k, OPERAND)
+        beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+        dbeta = load_scalars(dbeta_ptr, first, end, H, head, 0.0, C, HAS_BETA)  # well before any warp stores it
+        key_scale = k_unit * beta
+        c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
+        total = last(c, C)
+        d_scale = tl.load(dscales_ptr + matrix * 2)
+        h_scale = tl.load(scales_ptr + matrix * 2)
+        tail = 2.0 * d_scale * key_scale * tl.exp(total - c)
+        to_k = tl.zeros((C, C), OPERAND)
+        to_x = tl.zeros((C, C), OPERAND)
+        to_y = tl.zeros((C, C), OPERAND)
+        s = tail
+        e = tail
+        if HAS_OUTPUT:
+            x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
+            y_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
+            eta = load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
+            mask = decay_mask(c, C)
+            mask_t = decay_mask_transposed(c, C)
+            e = 2.0 * h_scale * key_scale * tl.sum(mask * (tl.exp(c) * eta)[:, None], 0)
+            # Σ_t D_tj η_t D_tl: what is common to j and l begins at the later of them
+            later = tl.sum(mask * mask * eta[:, None], 0)
+            ridge = tl.where(row[:, None] <= row[None, :], mask_t * later[None, :], mask * later[:, None])
+            ridge *= 2.0 * key_scale[:, None] * (key_scale * key_scale)[None, :]
+            sigma = mask_t * (x_scale * y_scale)[None, :] * key_scale[:, None]
+            s = power_of_two(tl.max(tl.maximum(tl.abs(ridge), tl.abs(sigma)), 1))
+            inverse = (1.0 / s)[:, None]
+            to_k = narrow(product(k, tl.trans(k), OPERAND) * (ridge * inverse), OPERAND)
+            x = load_rows(x_ptr, first, end, H, head, K, C, BK)
+            to_y = narrow(product(k, tl.trans(x), OPERAND) * (sigma * inverse), OPERAND)
+            y = load_rows(y_ptr, first, end, H, head, K, C, BK)
+            to_x = narrow(product(k, tl.trans(y), OPERAND) * (sigma * inverse), OPERAND)
+        dk_k = tl.zeros((C,), tl.float32)
+        k_end = tl.zeros((C,), tl.float32)
+        yq = tl.zeros((C,), tl.float32)
+        inner = tl.full((), 0.0, tl.float32)
+        for half in tl.static_range(HALVES):
+            k_half = load_row_block(k_ptr, first, end, Hk, kv_head, half * HK, K, C, HK) * reciprocal(k_unit)[:, None]
+            d = load_block(dh_chunks_ptr, matrix, 0, half * HK, K, K, BK, HK)
+            dk = product(k, d, OPERAND) * tail[:, None]
+            k_end += tl.sum(dk * k_half, 1)
+            if HAS_OUTPUT or HAS_GK:
+                h = load_block(h_chunks_ptr, matrix, 0, half * HK, K, K, BK, HK)
+                inner += tl.sum(tl.sum(d.to(tl.float32) * h.to(tl.float32), 1), 0)
+            if HAS_OUTPUT:
+                dk -= product(k, h, OPERAND) * e[:, None]
+                y = load_row_block(y_ptr, first, end, H, head, half * HK, K, C, HK)
+                x = load_row_block(x_ptr, first, end, H, head, half * HK, K, C, HK)
+                inside = product(to_k, k_half, OPERAND)
+                inside = product_into(to_y, y, inside, OPERAND)
+                inside = product_into(to_x, x, inside, OPERAND)
+                dk -= inside * s[:, None]
+                if HAS_GK:
+                    yq += tl.sum(y * load_row_block(q_ptr, first, end, H, head, half * HK, K, C, HK), 1)
+            dk_k += tl.sum(dk * k_half, 1)
+            if HAS_BETA:
+                dk *= beta[:, None]
+            if half == 0:
+                dk_sum += dk
+            else:
+                dk_sum_1 += dk
+        if HAS_GK:
+            dc = -0.5 * dk_k * key_scale
+            if HAS_OUTPUT:
+                dc -= yq * y_scale
+            end_product = 0.5 * tl.sum(k_end * key_scale, 0) + tl.exp(total) * d_scale * h_scale * inner
+            store_scalars(dgk_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
+        if HAS_BETA:
+            store_scalars(dbeta_ptr, dbeta + dk_k * k_unit, first, end, H, head, C)
+    store_row_block(dk_ptr, dk_sum, first, end, Hk, kv_head, 0, K, C, HK)
+    if HALVES == 2:
+        store_row_block(dk_ptr, dk_sum_1, first, end, Hk, kv_head, HK, K, C, HK)
 
 
 def launch_chunk_grads(
@@ -390,7 +482,7 @@ def launch_chunk_grads(
     q: Any,
     alpha: Any,
     x: Any,
-    phi: Any,
+    x_scale: Any,
     y: Any,
     y_scale: Any,
     eta: Any,
@@ -403,26 +495,38 @@ def launch_chunk_grads(
 ) -> None:
     """Fill ``out`` as ``ops.chunk_grads`` describes."""
     k, v, g, gk, beta, do, q, alpha, cu = compact(k, v, g, gk, beta, do, q, alpha, cu_seqlens)
+    h_chunks, u_chunks, state_scales = compact(h_chunks, u_chunks, state_scales)
+    dh_chunks, du_chunks, dstate_scales = compact(dh_chunks, du_chunks, dstate_scales)
+    x, x_scale, y, y_scale, eta, mdm = compact(x, x_scale, y, y_scale, eta, mdm)
     _, T, Hk, K = k.shape
-    V, N = v.shape[-1], 1 if cu is None else cu.shape[0] - 1
+    V, sizes = v.shape[-1], (1 if cu is None else cu.shape[0] - 1, T, H, Hk)
+    grid = (h_chunks.shape[0], Hk)
+    dk, dv, dg, dgk, dbeta = out
+    common = {"C": C, "OPERAND": operand(k.dtype), "HAS_BETA": beta is not None, "PACKED": cu is not None}
+    common["HAS_OUTPUT"] = do is not None
     with on_device(k):
-        wrap_triton(chunk_grads_kernel)[(h_chunks.shape[0], Hk)](
-            *(k, v, *present(k, g, gk, beta)),
-            *compact(h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
-            *present(k, do, q, alpha, *compact(x, phi, y, y_scale, eta, mdm), cu),
-            *(*out, N, T, H, Hk),
+        wrap_triton(chunk_grads_u_kernel)[grid](
+            *(k, v, *present(k, g, beta), u_chunks, state_scales, du_chunks, dstate_scales),
+            *present(k, do, q, alpha, x, x_scale, mdm, cu),
+            *(dk, dv, dg, dbeta, *sizes),
             SCALE=scale,
             K=K,
             V=V,
-            C=C,
             BK=block(K),
             BV=block(V),
-            OPERAND=operand(k.dtype),
             HAS_G=g is not None,
-            HAS_GK=gk is not None,
             HAS_ALPHA=alpha is not None,
-            HAS_BETA=beta is not None,
-            HAS_OUTPUT=do is not None,
-            PACKED=cu is not None,
-            **settings("chunk_grads", k, K, V),
+            **common,
+            **settings("chunk_grads_u", k, K, V),
+        )
+        wrap_triton(chunk_grads_h_kernel)[grid](
+            *(k, *present(k, gk, beta), h_chunks, state_scales, dh_chunks, dstate_scales),
+            *present(k, q, x, x_scale, y, y_scale, eta, cu),
+            *(dk, dgk, dbeta, *sizes),
+            K=K,
+            BK=block(K),
+            HALVES=2 if K > 64 else 1,
+            HAS_GK=gk is not None,
+            **common,
+            **settings("chunk_grads_h", k, K),
         )

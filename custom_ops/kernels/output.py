@@ -1,4 +1,8 @@
-"""chunk_output: solve and read-out of every token, all chunks at once; and the adjoint solve, which has the same shape."""
+"""chunk_output and its adjoint: all chunks at once, a solve and a read-out each.
+
+The solve has a kernel of its own, because it wants every register; what passes between the two is an output anyway.  The adjoint
+runs them backwards: dm = U do, then the same solve on α dm.
+"""
 
 from typing import Any
 
@@ -14,36 +18,99 @@ from .tile import (
     load_rows,
     load_scalars,
     load_state,
+    narrow,
     packed_rows,
     product,
     reciprocal,
-    row_norm,
     solve,
+    split_product,
     store_rows,
     store_scalars,
     unit_rows,
     weighted_product,
 )
 
-__all__ = ["chunk_output_bwd_kernel", "chunk_output_kernel", "launch_chunk_output", "launch_chunk_output_bwd"]
+__all__ = [
+    "chunk_read_bwd_kernel",
+    "chunk_read_kernel",
+    "chunk_solve_bwd_kernel",
+    "chunk_solve_kernel",
+    "launch_chunk_output",
+    "launch_chunk_output_bwd",
+]
 
 
 @triton.jit
-def chunk_output_kernel(
+def load_keys(k_ptr, beta_ptr, first, end, H, head, Hk, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, HAS_BETA: tl.constexpr):
+    """Keys with beta as unit rows [C, BK] and their factor [C]."""
+    k, scale = unit_rows(load_rows(k_ptr, first, end, Hk, head // (H // Hk), K, C, BK))
+    return k, scale * load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+
+
+@triton.jit
+def chunk_solve_kernel(
+    q_ptr,  # [rows, H, K]
+    k_ptr,  # [rows, Hk, K]
+    gk_ptr,  # [rows, H]
+    beta_ptr,  # [rows, H]
+    h_chunks_ptr,  # [S, H, K, K]
+    scales_ptr,  # [S, H, 2]
+    cu_ptr,  # [N + 1]
+    x_ptr,  # [rows, H, K]
+    x_scale_ptr,  # [rows, H]
+    phi_ptr,  # [rows, H]
+    N,
+    T,
+    H,
+    Hk,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    NUM_ITER: tl.constexpr,
+    TAU: tl.constexpr,
+    FRONT: tl.constexpr,
+    TAIL: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_GK: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Grid (slots, heads). x = (H + λI)^{-1} q."""
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
+    if PACKED:
+        first, end = packed_rows(slot, cu_ptr, N, C)
+    else:
+        first, end = dense_rows(slot, T, C)
+    matrix = slot.to(tl.int64) * H + head
+    h, h_scale = load_state(h_chunks_ptr, scales_ptr, matrix, 0, 0, K, K, BK, BK)
+    k, key_scale = load_keys(k_ptr, beta_ptr, first, end, H, head, Hk, K, C, BK, HAS_BETA)
+    c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
+    mask = decay_mask(c, C)
+    gamma = tl.exp(c)
+    phi = frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND)
+    store_scalars(phi_ptr, phi, first, end, H, head, C)
+    q, q_scale = unit_rows(load_rows(q_ptr, first, end, H, head, K, C, BK))
+    x = solve(q, k, key_scale, mask, gamma, h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
+    x, x_scale = unit_rows(x)
+    store_rows(x_ptr, x, first, end, H, head, K, C, BK)
+    store_scalars(x_scale_ptr, x_scale * q_scale * reciprocal(phi), first, end, H, head, C)
+
+
+@triton.jit
+def chunk_read_kernel(
     q_ptr,  # [rows, H, K]
     k_ptr,  # [rows, Hk, K]
     v_ptr,  # [rows, Hk, V]
     g_ptr,  # [rows, H]
-    gk_ptr,  # [rows, H]
     alpha_ptr,  # [rows, H]
     beta_ptr,  # [rows, H]
-    h_chunks_ptr,  # [S, H, K, K]
     u_chunks_ptr,  # [S, H, K, V]
-    scales_ptr,  # [S, H, K + V]
+    scales_ptr,  # [S, H, 2]
+    x_ptr,  # [rows, H, K]
+    x_scale_ptr,  # [rows, H]
     cu_ptr,  # [N + 1]
     o_ptr,  # [rows, H, V]
-    x_ptr,  # [rows, H, K]
-    phi_ptr,  # [rows, H]
     N,
     T,
     H,
@@ -54,52 +121,34 @@ def chunk_output_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    NUM_ITER: tl.constexpr,
-    TAU: tl.constexpr,
-    FRONT: tl.constexpr,
-    TAIL: tl.constexpr,
     OPERAND: tl.constexpr,
     HAS_G: tl.constexpr,
-    HAS_GK: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     HAS_BETA: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Grid (slots, heads)."""
+    """Grid (slots, heads). o = scale · Uᵀ m, m = q + α (x − q)."""
     slot = tl.program_id(0)
     head = tl.program_id(1)
     if PACKED:
         first, end = packed_rows(slot, cu_ptr, N, C)
     else:
         first, end = dense_rows(slot, T, C)
-    kv_head = head // (H // Hk)
     matrix = slot.to(tl.int64) * H + head
-    scales_ptr += matrix * (K + V)
-
-    k, key_scale = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
-    key_scale *= load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-    c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
-    mask = decay_mask(c, C)
-    gamma = tl.exp(c)
-    h, h_scale = load_state(h_chunks_ptr, scales_ptr, matrix, K, K, BK, BK)
-    phi = frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND)
-    store_scalars(phi_ptr, phi, first, end, H, head, C)
-    q, length = row_norm(load_rows(q_ptr, first, end, H, head, K, C, BK))
-    x = solve(q, k, key_scale, mask, gamma, h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
-    store_rows(x_ptr, x, first, end, H, head, K, C, BK)
-
-    x *= (length * reciprocal(phi))[:, None]
+    m = load_rows(x_ptr, first, end, H, head, K, C, BK)
+    m *= load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)[:, None]
     if HAS_ALPHA:
         q = load_rows(q_ptr, first, end, H, head, K, C, BK)
-        x = q + load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)[:, None] * (x - q)
-    m, m_scale = unit_rows(x)
-    v, v_scale = unit_rows(load_rows(v_ptr, first, end, Hk, kv_head, V, C, BV))
-    v_scale *= load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+        m = q + load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)[:, None] * (m - q)
+    m, m_scale = unit_rows(m)
+    k, key_scale = load_keys(k_ptr, beta_ptr, first, end, H, head, Hk, K, C, BK, HAS_BETA)
+    v, v_scale = load_keys(v_ptr, beta_ptr, first, end, H, head, Hk, V, C, BV, HAS_BETA)
+    u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
     c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
-    u, u_scale = load_state(u_chunks_ptr, scales_ptr + K, matrix, K, V, BK, BV)
+    # where q lies across the keys, m is long and hardly reads U: its digits count
+    o = split_product(m, u, OPERAND) * (tl.exp(c) * u_scale)[:, None]
     weight = decay_mask(c, C) * (key_scale * v_scale)[None, :]
-    o = weighted_product(product(m, tl.trans(k), OPERAND), weight, v, OPERAND)
-    o += product(m, u, OPERAND) * (tl.exp(c) * u_scale)[:, None]
+    o += weighted_product(split_product(m, tl.trans(k), OPERAND), weight, v, OPERAND)
     store_rows(o_ptr, o * (m_scale * SCALE)[:, None], first, end, H, head, V, C, BV)
 
 
@@ -125,50 +174,52 @@ def launch_chunk_output(
 ) -> None:
     """Fill ``out`` as ``ops.chunk_output`` describes."""
     q, k, v, g, gk, alpha, beta, cu = compact(q, k, v, g, gk, alpha, beta, cu_seqlens)
+    h_chunks, u_chunks, state_scales = compact(h_chunks, u_chunks, state_scales)
     (_, T, H, K), (Hk, V) = q.shape, v.shape[2:]
-    N = 1 if cu is None else cu.shape[0] - 1
+    grid, sizes = (h_chunks.shape[0], H), (1 if cu is None else cu.shape[0] - 1, T, H, Hk)
+    o, x, x_scale, phi = out
+    common = {"C": C, "OPERAND": operand(q.dtype), "HAS_BETA": beta is not None, "PACKED": cu is not None}
     with on_device(q):
-        wrap_triton(chunk_output_kernel)[(h_chunks.shape[0], H)](
-            *(q, k, v, *present(q, g, gk, alpha, beta), *compact(h_chunks, u_chunks, state_scales), *present(q, cu), *out),
-            *(N, T, H, Hk),
+        wrap_triton(chunk_solve_kernel)[grid](
+            *(q, k, *present(q, gk, beta), h_chunks, state_scales, *present(q, cu), x, x_scale, phi, *sizes),
+            K=K,
+            BK=block(K),
+            **polynomial(ridge_ratio, num_iter),
+            HAS_GK=gk is not None,
+            **common,
+            **settings("chunk_solve", q, K),
+        )
+        wrap_triton(chunk_read_kernel)[grid](
+            *(q, k, v, *present(q, g, alpha, beta), u_chunks, state_scales, x, x_scale, *present(q, cu), o, *sizes),
             SCALE=scale,
             K=K,
             V=V,
-            C=C,
             BK=block(K),
             BV=block(V),
-            **polynomial(ridge_ratio, num_iter),
-            OPERAND=operand(q.dtype),
             HAS_G=g is not None,
-            HAS_GK=gk is not None,
             HAS_ALPHA=alpha is not None,
-            HAS_BETA=beta is not None,
-            PACKED=cu is not None,
-            **settings("chunk_output", q, K, V),
+            **common,
+            **settings("chunk_read", q, K, V),
         )
 
 
 @triton.jit
-def chunk_output_bwd_kernel(
+def chunk_read_bwd_kernel(
     do_ptr,  # [rows, H, V]
     q_ptr,  # [rows, H, K]
     k_ptr,  # [rows, Hk, K]
     v_ptr,  # [rows, Hk, V]
     g_ptr,  # [rows, H]
-    gk_ptr,  # [rows, H]
     alpha_ptr,  # [rows, H]
     beta_ptr,  # [rows, H]
-    h_chunks_ptr,  # [S, H, K, K]
     u_chunks_ptr,  # [S, H, K, V]
-    scales_ptr,  # [S, H, K + V]
+    scales_ptr,  # [S, H, 2]
     x_ptr,  # [rows, H, K]
-    phi_ptr,  # [rows, H]
+    x_scale_ptr,  # [rows, H]
     cu_ptr,  # [N + 1]
-    dq_ptr,  # [rows, H, K]
+    dm_ptr,  # [rows, H, K]
+    dm_scale_ptr,  # [rows, H]
     dalpha_ptr,  # [rows, H]
-    y_ptr,  # [rows, H, K]
-    y_scale_ptr,  # [rows, H]
-    eta_ptr,  # [rows, H]
     mdm_ptr,  # [rows, H]
     N,
     T,
@@ -180,72 +231,104 @@ def chunk_output_bwd_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    RIDGE_RATIO: tl.constexpr,
-    NUM_ITER: tl.constexpr,
-    TAU: tl.constexpr,
-    FRONT: tl.constexpr,
-    TAIL: tl.constexpr,
     OPERAND: tl.constexpr,
     HAS_G: tl.constexpr,
-    HAS_GK: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     HAS_BETA: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Grid (slots, heads)."""
+    """Grid (slots, heads). dm = scale · U do."""
     slot = tl.program_id(0)
     head = tl.program_id(1)
     if PACKED:
         first, end = packed_rows(slot, cu_ptr, N, C)
     else:
         first, end = dense_rows(slot, T, C)
-    kv_head = head // (H // Hk)
     matrix = slot.to(tl.int64) * H + head
-    scales_ptr += matrix * (K + V)
-
-    k, key_scale = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
-    key_scale *= load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-
-    # dm_t = scale · U_t do_t
-    v, v_scale = unit_rows(load_rows(v_ptr, first, end, Hk, kv_head, V, C, BV))
-    v_scale *= load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
     do, do_scale = unit_rows(load_rows(do_ptr, first, end, H, head, V, C, BV))
+    k, key_scale = load_keys(k_ptr, beta_ptr, first, end, H, head, Hk, K, C, BK, HAS_BETA)
+    v, v_scale = load_keys(v_ptr, beta_ptr, first, end, H, head, Hk, V, C, BV, HAS_BETA)
+    u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
     c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
-    u, u_scale = load_state(u_chunks_ptr, scales_ptr + K, matrix, K, V, BK, BV)
+    dm = product(do, tl.trans(u), OPERAND) * (tl.exp(c) * u_scale)[:, None]
     weight = decay_mask(c, C) * (key_scale * v_scale)[None, :]
-    dm = weighted_product(product(do, tl.trans(v), OPERAND), weight, k, OPERAND)
-    dm += product(do, tl.trans(u), OPERAND) * (tl.exp(c) * u_scale)[:, None]
-    dm *= (do_scale * SCALE)[:, None]
-
-    phi = load_scalars(phi_ptr, first, end, H, head, 0.0, C, True)
-    gain = reciprocal(phi)
-    q = load_rows(q_ptr, first, end, H, head, K, C, BK)
-    _, length = row_norm(q)
-    x_scale = length * gain
-    x = load_rows(x_ptr, first, end, H, head, K, C, BK) * x_scale[:, None]
-    if HAS_ALPHA:
-        alpha = load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)
-        dalpha = tl.sum(dm * (x - q), 1)
-        store_scalars(dalpha_ptr, dalpha, first, end, H, head, C)
-        store_scalars(mdm_ptr, tl.sum(dm * q, 1) + alpha * dalpha, first, end, H, head, C)
-        rhs, length = row_norm(dm * alpha[:, None])
-        dq = dm * (1.0 - alpha)[:, None]
-    else:
-        store_scalars(mdm_ptr, tl.sum(dm * x, 1), first, end, H, head, C)
-        rhs, length = row_norm(dm)
-
-    c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
-    h, h_scale = load_state(h_chunks_ptr, scales_ptr, matrix, K, K, BK, BK)
-    y = solve(rhs, k, key_scale, decay_mask(c, C), tl.exp(c), h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
-    store_rows(y_ptr, y, first, end, H, head, K, C, BK)
-    y_scale = length * gain
-    store_scalars(y_scale_ptr, y_scale, first, end, H, head, C)
-    y *= y_scale[:, None]
+    dm += weighted_product(product(do, tl.trans(v), OPERAND), weight, k, OPERAND)
+    dm, dm_scale = unit_rows(dm)
+    dm_scale *= do_scale * SCALE
+    store_rows(dm_ptr, dm, first, end, H, head, K, C, BK)
+    store_scalars(dm_scale_ptr, dm_scale, first, end, H, head, C)
     x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-    store_scalars(eta_ptr, RIDGE_RATIO * gain * x_scale * tl.sum(x * y, 1), first, end, H, head, C)
+    mdm = dm_scale * load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True) * tl.sum(dm * x, 1)  # x·dm
     if HAS_ALPHA:
-        y += dq
-    store_rows(dq_ptr, y, first, end, H, head, K, C, BK)
+        dmq = dm_scale * tl.sum(dm * load_rows(q_ptr, first, end, H, head, K, C, BK), 1)
+        store_scalars(dalpha_ptr, mdm - dmq, first, end, H, head, C)
+        mdm = dmq + load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA) * (mdm - dmq)
+    store_scalars(mdm_ptr, mdm, first, end, H, head, C)
+
+
+@triton.jit
+def chunk_solve_bwd_kernel(
+    k_ptr,  # [rows, Hk, K]
+    gk_ptr,  # [rows, H]
+    alpha_ptr,  # [rows, H]
+    beta_ptr,  # [rows, H]
+    h_chunks_ptr,  # [S, H, K, K]
+    scales_ptr,  # [S, H, 2]
+    x_ptr,  # [rows, H, K]
+    x_scale_ptr,  # [rows, H]
+    phi_ptr,  # [rows, H]
+    cu_ptr,  # [N + 1]
+    y_ptr,  # [rows, H, K]: dm on entry
+    y_scale_ptr,  # [rows, H]: its factor on entry
+    dq_ptr,  # [rows, H, K]
+    eta_ptr,  # [rows, H]
+    N,
+    T,
+    H,
+    Hk,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    RIDGE_RATIO: tl.constexpr,
+    NUM_ITER: tl.constexpr,
+    TAU: tl.constexpr,
+    FRONT: tl.constexpr,
+    TAIL: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_GK: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Grid (slots, heads). y = (H + λI)^{-1} α dm, dq = (1 − α) dm + y, η = a (x·y)/φ."""
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
+    if PACKED:
+        first, end = packed_rows(slot, cu_ptr, N, C)
+    else:
+        first, end = dense_rows(slot, T, C)
+    matrix = slot.to(tl.int64) * H + head
+    h, h_scale = load_state(h_chunks_ptr, scales_ptr, matrix, 0, 0, K, K, BK, BK)
+    k, key_scale = load_keys(k_ptr, beta_ptr, first, end, H, head, Hk, K, C, BK, HAS_BETA)
+    c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
+    phi = load_scalars(phi_ptr, first, end, H, head, 0.0, C, True)
+    dm = load_rows(y_ptr, first, end, H, head, K, C, BK)
+    dm_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)  # before the solve: no warp may have stored y_scale yet
+    held = narrow(dm, OPERAND)  # half the room in the solve
+    y = solve(dm, k, key_scale, decay_mask(c, C), tl.exp(c), h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
+    y, y_scale = unit_rows(y)
+    gain = reciprocal(phi)
+    alpha = load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)
+    y_scale *= gain * alpha * dm_scale
+    store_rows(y_ptr, y, first, end, H, head, K, C, BK)
+    store_scalars(y_scale_ptr, y_scale, first, end, H, head, C)
+    x = load_rows(x_ptr, first, end, H, head, K, C, BK)
+    x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
+    store_scalars(eta_ptr, RIDGE_RATIO * gain * x_scale * y_scale * tl.sum(x * y, 1), first, end, H, head, C)
+    dq = y * y_scale[:, None]
+    if HAS_ALPHA:
+        dq += held.to(tl.float32) * ((1.0 - alpha) * dm_scale)[:, None]
+    store_rows(dq_ptr, dq, first, end, H, head, K, C, BK)
 
 
 def launch_chunk_output_bwd(
@@ -261,6 +344,7 @@ def launch_chunk_output_bwd(
     u_chunks: Any,
     state_scales: Any,
     x: Any,
+    x_scale: Any,
     phi: Any,
     cu_seqlens: Any,
     scale: float,
@@ -270,26 +354,34 @@ def launch_chunk_output_bwd(
     out: Tensors,
 ) -> None:
     """Fill ``out`` as ``ops.chunk_output_bwd`` describes."""
-    do, q, k, v, g, gk, alpha, beta, x, phi, cu = compact(do, q, k, v, g, gk, alpha, beta, x, phi, cu_seqlens)
+    do, q, k, v, g, gk, alpha, beta, cu = compact(do, q, k, v, g, gk, alpha, beta, cu_seqlens)
+    h_chunks, u_chunks, state_scales, x, x_scale, phi = compact(h_chunks, u_chunks, state_scales, x, x_scale, phi)
     (_, T, H, K), (Hk, V) = q.shape, v.shape[2:]
-    N = 1 if cu is None else cu.shape[0] - 1
+    grid, sizes = (h_chunks.shape[0], H), (1 if cu is None else cu.shape[0] - 1, T, H, Hk)
+    dq, dalpha, y, y_scale, eta, mdm = out
+    common = {"C": C, "OPERAND": operand(q.dtype), "HAS_BETA": beta is not None, "PACKED": cu is not None}
+    common["HAS_ALPHA"] = alpha is not None
     with on_device(q):
-        wrap_triton(chunk_output_bwd_kernel)[(h_chunks.shape[0], H)](
-            *(do, q, k, v, *present(q, g, gk, alpha, beta), *compact(h_chunks, u_chunks, state_scales), x, phi, *present(q, cu)),
-            *(*out, N, T, H, Hk),
+        wrap_triton(chunk_read_bwd_kernel)[grid](
+            *(do, q, k, v, *present(q, g, alpha, beta), u_chunks, state_scales, x, x_scale, *present(q, cu)),
+            *(y, y_scale, dalpha, mdm, *sizes),
             SCALE=scale,
-            RIDGE_RATIO=ridge_ratio,
             K=K,
             V=V,
-            C=C,
             BK=block(K),
             BV=block(V),
-            **polynomial(ridge_ratio, num_iter),
-            OPERAND=operand(q.dtype),
             HAS_G=g is not None,
+            **common,
+            **settings("chunk_read_bwd", q, K, V),
+        )
+        wrap_triton(chunk_solve_bwd_kernel)[grid](
+            *(k, *present(q, gk, alpha, beta), h_chunks, state_scales, x, x_scale, phi, *present(q, cu)),
+            *(y, y_scale, dq, eta, *sizes),
+            K=K,
+            BK=block(K),
+            RIDGE_RATIO=ridge_ratio,
+            **polynomial(ridge_ratio, num_iter),
             HAS_GK=gk is not None,
-            HAS_ALPHA=alpha is not None,
-            HAS_BETA=beta is not None,
-            PACKED=cu is not None,
-            **settings("chunk_output_bwd", q, K, V),
+            **common,
+            **settings("chunk_solve_bwd", q, K),
         )

@@ -14,27 +14,34 @@ import triton.language as tl
 
 __all__ = [
     "decay_mask",
+    "decay_mask_transposed",
     "dense_rows",
     "frobenius",
+    "largest_entry",
     "last",
-    "load_columns",
+    "load_block",
     "load_row_block",
     "load_rows",
     "load_scalars",
     "load_state",
+    "narrow",
     "outer_sum",
     "packed_rows",
+    "power_of_two",
     "product",
     "product_into",
     "reciprocal",
-    "row_norm",
+    "row_weighted",
     "solve",
-    "store_columns",
+    "split_product",
+    "store_row_block",
     "store_rows",
     "store_scalars",
+    "store_state",
+    "transposed_product_into",
     "unit_rows",
+    "unit_scale",
     "weighted_product",
-    "wide_product",
 ]
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # below this ‖H‖_F counts as zero
@@ -78,13 +85,19 @@ def load_rows(ptr, first, end, heads, head, D: tl.constexpr, C: tl.constexpr, BD
 
 
 @triton.jit
-def store_rows(ptr, tile, first, end, heads, head, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
-    """A [C, BD] tile to a [rows, heads, D] matrix."""
+def store_row_block(ptr, tile, first, end, heads, head, first_column, D: tl.constexpr, C: tl.constexpr, BE: tl.constexpr):
+    """A [C, BE] tile to columns first_column … of a [rows, heads, D] matrix."""
     row = tl.arange(0, C)[:, None]
-    column = tl.arange(0, BD)[None, :]
+    column = first_column + tl.arange(0, BE)[None, :]
     base = ptr + (first * heads + head) * D
     inside = (row < end - first) & (column < D)
     tl.store(base + row * (heads * D) + column, tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_rows(ptr, tile, first, end, heads, head, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr):
+    """A [C, BD] tile to a [rows, heads, D] matrix."""
+    store_row_block(ptr, tile, first, end, heads, head, 0, D, C, BD)
 
 
 @triton.jit
@@ -131,11 +144,9 @@ def unit_rows(x):
 
 
 @triton.jit
-def row_norm(x):
-    """(x / ‖x‖ by rows, ‖x‖ [C]); safe for any magnitude."""
-    x, s = unit_rows(x)
-    length = tl.sqrt(tl.sum(x * x, 1))
-    return x * reciprocal(length)[:, None], length * s
+def narrow(x, OPERAND: tl.constexpr):
+    """x as an operand of a product is held."""
+    return x.to(OPERAND)
 
 
 @triton.jit
@@ -158,38 +169,60 @@ def product_into(a, b, accumulator, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def transposed_product_into(a, b, accumulator, OPERAND: tl.constexpr):
+    """accumulator + aᵀ @ b. What is transposed has its operand's dtype already: see docs/design.md, section 5, on tl.trans."""
+    if OPERAND == tl.float32:
+        a = a * 32.0
+        b = b * 32.0
+        a_high = a.to(tl.float16)
+        b_high = b.to(tl.float16)
+        small = tl.dot(tl.trans(a_high), (b - b_high.to(tl.float32)).to(tl.float16))
+        small = tl.dot(tl.trans((a - a_high.to(tl.float32)).to(tl.float16)), b_high, small)
+        return accumulator + tl.dot(tl.trans(a_high), b_high, small) * (1.0 / 1024.0)
+    else:
+        return tl.dot(tl.trans(a.to(OPERAND)), b.to(OPERAND), accumulator)
+
+
+@triton.jit
 def product(a, b, OPERAND: tl.constexpr):
     """a @ b; see product_into."""
     return product_into(a, b, tl.zeros((a.shape[0], b.shape[1]), tl.float32), OPERAND)
 
 
 @triton.jit
-def wide_product(a, b, OPERAND: tl.constexpr):
-    """a @ b for operands of any range: tf32 beside 16-bit inputs, three of them beside float32."""
-    if OPERAND == tl.float32:
-        return tl.dot(a, b, input_precision="tf32x3")
-    else:
-        return tl.dot(a, b, input_precision="tf32")
+def split_product(a, b, OPERAND: tl.constexpr):
+    """a @ b for b with no more digits than OPERAND: a in two parts, so that its digits count where the sum cancels."""
+    total = product(a, b, OPERAND)
+    if OPERAND != tl.float32:
+        total = product_into(a - narrow(a, OPERAND).to(tl.float32), b, total, OPERAND)
+    return total
+
+
+@triton.jit
+def row_weighted(p, weight, OPERAND: tl.constexpr):
+    """p ∘ weight as an operand, divided row by row by a power of two so that the weights fit, and those powers."""
+    s = power_of_two(tl.max(tl.abs(weight), 1))
+    return narrow(p * (weight * (1.0 / s)[:, None]), OPERAND), s
 
 
 @triton.jit
 def weighted_product(p, weight, b, OPERAND: tl.constexpr):
-    """(p ∘ weight) @ b, the weights normalised row by row so that they fit the operand precision."""
-    s = power_of_two(tl.max(tl.abs(weight), 1))
-    return product(p * (weight * (1.0 / s)[:, None]), b, OPERAND) * s[:, None]
+    """(p ∘ weight) @ b."""
+    a, s = row_weighted(p, weight, OPERAND)
+    return product(a, b, OPERAND) * s[:, None]
 
 
 @triton.jit
-def outer_sum(a, weight, b, EXACT: tl.constexpr, OPERAND: tl.constexpr):
-    """Σ_t weight_t a_t b_tᵀ [BD, BE] of unit rows a [C, BD], b [C, BE].
+def outer_sum(a, b, weight, EXACT: tl.constexpr, OPERAND: tl.constexpr):
+    """Σ_t weight_t a_t b_tᵀ [BD, BE] of unit rows a [C, BD], b [C, BE], a with no more digits than OPERAND has.
 
-    EXACT: b has no more digits than OPERAND, and a's are kept by splitting it in two.
+    EXACT: the digits of weight · b are kept by splitting it in two.
     """
     s = power_of_two(tl.max(tl.abs(weight), 0))
-    weighted = tl.trans(a * (weight * (1.0 / s))[:, None])
-    total = product(weighted, b, OPERAND)
+    weighted = b * (weight * (1.0 / s))[:, None]
+    total = transposed_product_into(a, weighted, tl.zeros((a.shape[1], b.shape[1]), tl.float32), OPERAND)
     if EXACT and OPERAND != tl.float32:
-        total += product(weighted - weighted.to(OPERAND).to(tl.float32), b, OPERAND)
+        total = transposed_product_into(a, weighted - narrow(weighted, OPERAND).to(tl.float32), total, OPERAND)
     return total * s
 
 
@@ -202,67 +235,104 @@ def decay_mask(c, C: tl.constexpr):
 
 
 @triton.jit
+def decay_mask_transposed(c, C: tl.constexpr):
+    """D_tj with j along the rows, computed rather than transposed (see docs/design.md)."""
+    row = tl.arange(0, C)
+    causal = row[:, None] <= row[None, :]
+    return tl.where(causal, tl.exp(tl.where(causal, c[None, :] - c[:, None], 0.0)), 0.0)
+
+
+@triton.jit
 def last(x, C: tl.constexpr):
     """x[C − 1]."""
     return tl.sum(tl.where(tl.arange(0, C) == C - 1, x, 0.0), 0)
 
 
 @triton.jit
-def load_columns(ptr, scale_ptr, matrix, first_column, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
-    """Columns first_column … + BE of a stored state [.., D, E] as (tile [BD, BE], column scales [BE])."""
-    row = tl.arange(0, BD)[:, None]
-    column = first_column + tl.arange(0, BE)
-    inside = column < E
-    tile = tl.load(ptr + matrix * (D * E) + row * E + column[None, :], mask=(row < D) & inside[None, :], other=0.0)
-    if ptr.dtype.element_ty == tl.float16:
-        return tile, tl.load(scale_ptr + column, mask=inside, other=0.0)
-    else:  # stored as it is: scaled on the way in
-        s = unit_scale(tl.max(tl.abs(tile), 0))
-        return tile * reciprocal(s)[None, :], s
+def load_block(ptr, matrix, first_row, first_column, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
+    """Rows first_row … + BD, columns first_column … + BE of a stored state [.., D, E], in its storage dtype."""
+    row = first_row + tl.arange(0, BD)[:, None]
+    column = first_column + tl.arange(0, BE)[None, :]
+    return tl.load(ptr + matrix * (D * E) + row * E + column, mask=(row < D) & (column < E), other=0.0)
 
 
 @triton.jit
-def store_columns(ptr, scale_ptr, tile, matrix, first_column, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
-    """Store a float32 tile [BD, BE] as columns of a state; float16 storage takes a power of two out of every column."""
-    row = tl.arange(0, BD)[:, None]
-    column = first_column + tl.arange(0, BE)
-    inside = column < E
-    if ptr.dtype.element_ty == tl.float16:
-        s = unit_scale(tl.max(tl.abs(tile), 0))
-        tile = tile * reciprocal(s)[None, :]
-    else:
-        s = tl.full((BE,), 1.0, tl.float32)
-    target = ptr + matrix * (D * E) + row * E + column[None, :]
-    tl.store(target, tile.to(ptr.dtype.element_ty), mask=(row < D) & inside[None, :])
-    tl.store(scale_ptr + column, s, mask=inside)
+def largest_entry(ptr, matrix, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
+    """Of a state [.., D, E]."""
+    return tl.max(tl.max(tl.abs(load_block(ptr, matrix, 0, 0, D, E, BD, BE)), 1), 0)
 
 
 @triton.jit
-def load_state(ptr, scale_ptr, matrix, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
-    """A whole stored state as (tile [BD, BE] in its storage dtype, one scale): the state is tile · scale."""
-    tile, scales = load_columns(ptr, scale_ptr, matrix, 0, D, E, BD, BE)
-    s = tl.max(scales, 0)
-    return (tile * (scales * reciprocal(s))[None, :]).to(ptr.dtype.element_ty), s
+def load_state(
+    ptr, scale_ptr, matrix, WHICH: tl.constexpr, first_column, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr
+):
+    """Columns first_column … + BE of a stored state as (tile [BD, BE], scale).
+
+    WHICH: 0 for H, 1 for U, the state's place among the scales [.., 2].
+    """
+    return load_block(ptr, matrix, 0, first_column, D, E, BD, BE), tl.load(scale_ptr + matrix * 2 + WHICH)
+
+
+@triton.jit
+def store_state(
+    ptr,
+    scale_ptr,
+    tile,
+    bound,
+    matrix,
+    WHICH: tl.constexpr,
+    first_column,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BD: tl.constexpr,
+    BE: tl.constexpr,
+):
+    """Store a float32 tile [BD, BE] as columns of a state whose entries are at most ``bound``, divided by a power of two near that.
+
+    The programs that hold the other columns must come with the same bound.
+    """
+    row = tl.arange(0, BD)[:, None]
+    column = first_column + tl.arange(0, BE)[None, :]
+    s = unit_scale(bound)
+    target = ptr + matrix * (D * E) + row * E + column
+    tl.store(target, (tile * reciprocal(s)).to(ptr.dtype.element_ty), mask=(row < D) & (column < E))
+    tl.store(scale_ptr + matrix * 2 + WHICH, s, mask=first_column == 0)
 
 
 @triton.jit
 def frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND: tl.constexpr):
-    """φ_t = ‖H_t‖_F [C], for keys key_scale_j k_j and a start state h_scale · h."""
+    """φ_t = ‖H_t‖_F [C], for keys key_scale_j k_j and a start state h_scale · h.
+
+    What the keys of the chunk add, Σ_jl D_tj D_tl w_jl with w_jl = (k̂_j·k̂_l)², grows by B_t = w_tt + 2 Σ_{l<t} D_tl w_tl and
+    decays by γ²: it is Σ_s D_ts² B_s.
+    """
+    C: tl.constexpr = k.shape[0]
     h32 = h.to(tl.float32)
+    start = tl.sum(tl.sum(h32 * h32, 1), 0)
     square_scale = key_scale * key_scale
     unit = power_of_two(tl.maximum(h_scale, tl.max(square_scale, 0)))  # φ² would leave float32 where φ does not
-    start = tl.sum(tl.sum(h32 * h32, 1), 0)
+    square_scale = square_scale / unit
     start_gain = gamma * (h_scale / unit)
-    cross = tl.sum(product(k, h, OPERAND) * k, 1)  # kᵀ h k of each key
+    cross = tl.sum(product(k, h, OPERAND) * k, 1) * square_scale  # kᵀ h k of each key
     gram = product(k, tl.trans(k), OPERAND)
-    weight = mask * (square_scale / unit)[None, :]
-    inner = tl.sum(weight * (2.0 * start_gain[:, None] * cross[None, :] + wide_product(weight, gram * gram, OPERAND)), 1)
+    row = tl.arange(0, C)
+    twice = tl.where(row[:, None] == row[None, :], 1.0, 2.0)
+    added = tl.sum(mask * gram * gram * twice * square_scale[None, :], 1) * square_scale
+    inner = tl.sum(mask * (2.0 * start_gain[:, None] * cross[None, :] + mask * added[None, :]), 1)
     return unit * tl.sqrt(tl.maximum(start_gain * start_gain * start + inner, 0.0))
 
 
 @triton.jit
+def next_term(t, previous, start_gain, inner, h, k, kt, OPERAND: tl.constexpr):
+    """T_{n+1}(Z) q = 2 Z t − previous, t = T_n(Z) q, 2 Z t = 4 H t/φ − 2 t."""
+    inside = narrow(product(t, kt, OPERAND), OPERAND) * inner
+    z = product_into(inside, k, -2.0 * t - previous, OPERAND)
+    return product_into(t * start_gain, h, z, OPERAND)
+
+
+@triton.jit
 def solve(
-    rhs,  # [C, BK] unit rows q_t/‖q_t‖, float32
+    rhs,  # [C, BK] unit rows q_t, float32
     k,  # [C, BK] keys divided by key_scale
     key_scale,  # [C]
     mask,  # [C, C] D
@@ -276,30 +346,34 @@ def solve(
     TAIL: tl.constexpr,  # τ^{2(N+1)}
     OPERAND: tl.constexpr,
 ):
-    """φ_t x_t/‖q_t‖ [C, BK]: Σ c_n T_n(Z) q with t_{n+1} = 2 Z t_n − t_{n−1}, Z t = 2 H t/φ − t.
+    """φ_t x_t [C, BK] = Σ c_n t_n, t_n = T_n(Z_t) q_t, Z_t = 2H_t/φ_t − I.
 
-    ‖t_n‖ ≤ 1 and φ_t ≥ γ_t ‖H_c‖, D_tj ‖k̂_j‖²: every operand below is O(1) whatever the condition number.
+    ‖t_n‖ ≤ ‖q‖ and φ_t ≥ γ_t ‖H_c‖, D_tj ‖k̂_j‖²: operands stay within float16 whatever the condition number.
+
+    Two terms a turn: three float32 tiles do not fit the registers of four warps at C = 64, K = 128, and so the sum, which nothing
+    waits for, is out of them (the compiler spills it) but once in two products.
     """
-    gain = reciprocal(phi)
-    start_gain = (4.0 * gamma * h_scale * gain)[:, None]
-    inner = 4.0 * mask * gain[:, None] * (key_scale * key_scale)[None, :]
+    gain = 4.0 * reciprocal(phi)
+    start_gain = (gamma * h_scale * gain)[:, None]
+    inner = narrow(mask * gain[:, None] * (key_scale * key_scale)[None, :], OPERAND)
+    h = narrow(h, OPERAND)
+    k = narrow(k, OPERAND)
     kt = tl.trans(k)
-    h = h.to(OPERAND)
-    k = k.to(OPERAND)
-    kt = kt.to(OPERAND)
-    previous = rhs
-    z = product(rhs * start_gain, h, OPERAND)
-    z = product_into(product(rhs, kt, OPERAND) * inner, k, z, OPERAND)
-    t = 0.5 * z - rhs
+    even = rhs
+    odd = 0.5 * next_term(even, tl.zeros_like(even), start_gain, inner, h, k, kt, OPERAND)
     power = -TAU
     tail = -TAIL / TAU
-    x = FRONT * (1.0 - TAIL) * rhs + 2.0 * FRONT * (power - tail) * t
-    for _ in range(NUM_ITER - 1):
-        inside = product(t, kt, OPERAND) * inner
-        z = product_into(t * start_gain, h, -2.0 * t - previous, OPERAND)
-        previous = t
-        t = product_into(inside, k, z, OPERAND)
+    x = FRONT * (1.0 - TAIL) * even + 2.0 * FRONT * (power - tail) * odd
+    for _ in range((NUM_ITER - 1) // 2):
+        even = next_term(odd, even, start_gain, inner, h, k, kt, OPERAND)
         power *= -TAU
         tail *= -1.0 / TAU
-        x += 2.0 * FRONT * (power - tail) * t
+        even_weight = 2.0 * FRONT * (power - tail)
+        odd = next_term(even, odd, start_gain, inner, h, k, kt, OPERAND)
+        power *= -TAU
+        tail *= -1.0 / TAU
+        x += even_weight * even + 2.0 * FRONT * (power - tail) * odd
+    if NUM_ITER % 2 == 0:
+        even = next_term(odd, even, start_gain, inner, h, k, kt, OPERAND)
+        x += 2.0 * FRONT * (power * -TAU + tail / TAU) * even
     return x
