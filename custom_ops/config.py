@@ -33,7 +33,7 @@ STATE_COLUMNS = 64  # columns of a state that one program carries through time
 
 # (num_warps, num_stages) of each kernel up to a width of 64 and beyond; nothing is tuned at run time.
 _LAUNCH = {
-    "chunk_state": ((4, 2), (8, 2)),
+    "chunk_state": ((4, 2), (8, 3)),
     "chunk_solve": ((4, 1), (4, 1)),
     "chunk_read": ((4, 1), (4, 1)),
     "chunk_read_bwd": ((4, 1), (4, 1)),
@@ -41,7 +41,7 @@ _LAUNCH = {
     "chunk_state_bwd": ((4, 1), (8, 2)),
     "chunk_grads_u": ((4, 1), (8, 1)),
     "chunk_grads_h": ((4, 1), (8, 1)),
-    "step": ((4, 1), (8, 1)),
+    "step": ((4, 1), (4, 1)),
 }
 
 

@@ -6,6 +6,7 @@ x, y, m and do as unit rows and a float32 factor.
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch.library import wrap_triton
@@ -266,7 +267,8 @@ def chunk_grads_u_kernel(
     x_scale_ptr,  # [rows, H]
     mdm_ptr,  # [rows, H]
     cu_ptr,  # [N + 1]
-    dk_ptr,  # [rows, Hk, K]: its part through U
+    part_ptr,  # [rows, Hk, K]: the part of dk through U, stored
+    part_scale_ptr,  # [rows, Hk]
     dv_ptr,  # [rows, Hk, V]
     dg_ptr,  # [rows, H]
     dbeta_ptr,  # [rows, H]: its part through U
@@ -336,7 +338,9 @@ def chunk_grads_u_kernel(
             dv *= beta[:, None]
         dk_sum += dk
         dv_sum += dv
-    store_rows(dk_ptr, dk_sum, first, end, Hk, kv_head, K, C, BK)
+    dk_sum, dk_scale = unit_rows(dk_sum)
+    store_rows(part_ptr, dk_sum, first, end, Hk, kv_head, K, C, BK)
+    store_scalars(part_scale_ptr, dk_scale, first, end, Hk, kv_head, C)
     store_rows(dv_ptr, dv_sum, first, end, Hk, kv_head, V, C, BV)
 
 
@@ -356,7 +360,9 @@ def chunk_grads_h_kernel(
     y_scale_ptr,  # [rows, H]
     eta_ptr,  # [rows, H]
     cu_ptr,  # [N + 1]
-    dk_ptr,  # [rows, Hk, K]: its part through U on entry
+    part_ptr,  # [rows, Hk, K]: what chunk_grads_u_kernel left, in the memory of dk
+    part_scale_ptr,  # [rows, Hk]
+    dk_ptr,  # [rows, Hk, K]
     dgk_ptr,  # [rows, H]
     dbeta_ptr,  # [rows, H]: its part through U on entry
     N,
@@ -383,10 +389,11 @@ def chunk_grads_h_kernel(
     groups = H // Hk
     HK: tl.constexpr = BK // HALVES
     row = tl.arange(0, C)
-    dk_sum = load_row_block(dk_ptr, first, end, Hk, kv_head, 0, K, C, HK)
+    part_scale = load_scalars(part_scale_ptr, first, end, Hk, kv_head, 0.0, C, True)[:, None]
+    dk_sum = load_row_block(part_ptr, first, end, Hk, kv_head, 0, K, C, HK) * part_scale
     dk_sum_1 = tl.zeros((C, HK), tl.float32)
     if HALVES == 2:
-        dk_sum_1 += load_row_block(dk_ptr, first, end, Hk, kv_head, HK, K, C, HK)
+        dk_sum_1 += load_row_block(part_ptr, first, end, Hk, kv_head, HK, K, C, HK) * part_scale
     for group in range(groups):
         head = kv_head * groups + group
         matrix = slot.to(tl.int64) * H + head
@@ -502,13 +509,15 @@ def launch_chunk_grads(
     V, sizes = v.shape[-1], (1 if cu is None else cu.shape[0] - 1, T, H, Hk)
     grid = (h_chunks.shape[0], Hk)
     dk, dv, dg, dgk, dbeta = out
+    # the two parts of dk can cancel: the first waits with float16's digits, in the memory of the second
+    part, part_scale = dk.view(h_chunks.dtype), k.new_empty(k.shape[:3], dtype=torch.float32)
     common = {"C": C, "OPERAND": operand(k.dtype), "HAS_BETA": beta is not None, "PACKED": cu is not None}
     common["HAS_OUTPUT"] = do is not None
     with on_device(k):
         wrap_triton(chunk_grads_u_kernel)[grid](
             *(k, v, *present(k, g, beta), u_chunks, state_scales, du_chunks, dstate_scales),
             *present(k, do, q, alpha, x, x_scale, mdm, cu),
-            *(dk, dv, dg, dbeta, *sizes),
+            *(part, part_scale, dv, dg, dbeta, *sizes),
             SCALE=scale,
             K=K,
             V=V,
@@ -522,7 +531,7 @@ def launch_chunk_grads(
         wrap_triton(chunk_grads_h_kernel)[grid](
             *(k, *present(k, gk, beta), h_chunks, state_scales, dh_chunks, dstate_scales),
             *present(k, q, x, x_scale, y, y_scale, eta, cu),
-            *(dk, dgk, dbeta, *sizes),
+            *(part, part_scale, dk, dgk, dbeta, *sizes),
             K=K,
             BK=block(K),
             HALVES=2 if K > 64 else 1,
