@@ -20,9 +20,9 @@ def chunk_size(device: torch.device, itemsize: int, K: int, V: int) -> int:
 def gpu_chunk(major: int, itemsize: int, K: int, V: int) -> int:
     """Tokens per chunk on a GPU of compute capability ``major``.*.
 
-    64 where there are asynchronous products of 64 rows, on Hopper and data-centre Blackwell. They come out wrong there for widths
-    below 64 (docs/design.md, section 5), and elsewhere 64 rows do not fit the registers: 32, or 16 of wide float32 tiles, whose
-    operands take twice the room.
+    64 where there are asynchronous products of 64 rows, on Hopper and data-centre Blackwell (on which nothing was run yet). Triton
+    3.6 gets them wrong for widths of 32 and less (docs/design.md, section 5), and elsewhere 64 rows do not fit the registers: 32,
+    or 16 of wide float32 tiles, whose operands take twice the room.
     """
     if itemsize == 4:
         return 16 if max(K, V) > 64 else 32
