@@ -28,8 +28,8 @@ from typing import Any, cast
 import report
 import torch
 from cases import CASES, SMALL, Case, Oracle, make_inputs, shrink
-from measure import Bench, Call, Entry, count_flops, error_of_part, graphed, nbytes, relative, tensors
-from peers import GKA, Contender, Definition, Inputs, Peers, load, ours
+from measure import Bench, Call, Entry, count_flops, error_of_part, failure, graphed, nbytes, relative, tensors
+from peers import GKA, Contender, Definition, Inputs, Peers, load, ours, result_names
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gka_compile import chunk_gka, step_gka
 from gka_compile.custom_ops import recurrent_gka
+from gka_compile.custom_ops.config import NUM_ITER, RIDGE_RATIO
 
 BEGIN = time.perf_counter()  # after the imports: where a cold start begins
 ADVANCE = 3  # decode is checked after so many steps, so that states which do not move show
@@ -172,7 +173,8 @@ def run_decode(case: Case, peers: Peers, bench: Bench, seed: int) -> list[Entry]
 
     def their_step(h: Tensor, u: Tensor) -> Tensor:
         given = {name: x[name] for name in ("q", "k", "v", "alpha", "beta")}
-        return peers.decode(**given, gk=x["g"], num_iter=30, ridge_ratio=0.02, initial_state_kk=h, initial_state_kv=u)[0][:, 0]
+        given |= {"gk": x["g"], "num_iter": NUM_ITER, "ridge_ratio": RIDGE_RATIO}
+        return peers.decode(**given, initial_state_kk=h, initial_state_kv=u)[0][:, 0]
 
     traffic = 2 * nbytes(states) + nbytes([q, k, v, q])
     flops = count_flops(lambda: step_gka(q, k, v, states, g, g, alpha, beta=beta))
@@ -243,7 +245,7 @@ def run_errors(case: Case, peers: Peers, bench: Bench, seed: int) -> list[dict[s
         exact = [x[name].double().cpu().requires_grad_() for name in names]
         o, *_ = recurrent_gka(*exact, num_iter=None)  # type: ignore[arg-type, misc]
         expected = [o, *torch.autograd.grad(o, exact, do.double().cpu())]
-        shown = ["o", *(f"d{name[0] if name in ('kb', 'vb') else name}" for name in names)]
+        shown = result_names(names)
         sides: dict[str, Callable[..., Tensor]] = {
             "ours": lambda *args: chunk_gka(*args[:6], beta=args[6] if args[6:] else None)[0]
         }
@@ -257,7 +259,7 @@ def run_errors(case: Case, peers: Peers, bench: Bench, seed: int) -> list[dict[s
                 found = [o, *torch.autograd.grad(o, leaves, do)]
                 row |= {n: relative(a, b) for n, a, b in zip(shown, found, expected, strict=True)}
             except Exception as error:
-                row["failure"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                row["failure"] = failure(error)
             rows.append(row)
     return rows
 
@@ -285,7 +287,7 @@ def run_cpu(case: Case, peers: Peers, bench: Bench, seed: int) -> list[dict[str,
             with torch.set_grad_enabled("backward" in name):
                 rows.append({"call": name, "us": bench.microseconds(call), "failure": ""})
         except Exception as error:
-            rows.append({"call": name, "us": [], "failure": f"failed: {type(error).__name__}"})
+            rows.append({"call": name, "us": [], "failure": failure(error)})
     return rows
 
 
@@ -404,13 +406,7 @@ def main() -> None:
                 rows = rows_of(runs.get(case.work, run_sequences)(fit(case), peers, bench, seed), result["rates"])
                 result["cases"].append({"name": str(fit(case)), "rows": rows})
         except Exception as error:  # nothing of this case was measured; the others go on
-            row = {
-                "name": "all",
-                "times": [],
-                "errors": {},
-                "note": "",
-                "failure": f"failed: {type(error).__name__}: {error}"[:160],
-            }
+            row = {"name": "all", "times": [], "errors": {}, "note": "", "failure": failure(error)}
             result["cases"].append({"name": name, "rows": [row]})
         for line in report.lines(result, name if case is None else None):
             say(line)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from measure import error_of_part
-from peers import Definition, Inputs
+from peers import Definition, Inputs, result_names
 from torch import Tensor
 
 __all__ = ["CASES", "SMALL", "Case", "Oracle", "make_inputs", "shrink"]
@@ -108,7 +108,7 @@ class Oracle:
             return t[-1:, :tokens, -(keys if t.shape[2] == Hk else keys * H // Hk) :].detach().double().cpu()
 
         self.cut = cut
-        self.names = ["o", *(f"d{name[0] if name in ('kb', 'vb') else name}" for name in definition.inputs)]
+        self.names = result_names(definition.inputs)
         leaves = {name: cut(x[name]).requires_grad_(backward) for name in definition.inputs}
         o = definition.exact({**leaves, "cu": None if x["cu"] is None else x["cu"].cpu()})
         self.exact = [o.detach()]

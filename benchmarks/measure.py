@@ -85,13 +85,18 @@ def graphed(call: Call) -> Call:
     return replay
 
 
+def failure(error: Exception) -> str:
+    """What a table says of an error."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"failed: {type(error).__name__}: {lines[0][:120]}"
+
+
 @contextmanager
 def guarded(entry: Entry) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a peer raises: it is reported, and the rest goes on
-        lines = str(error).strip().splitlines() or [""]
-        entry.failure = f"failed: {type(error).__name__}: {lines[0][:120]}"
+        entry.failure = failure(error)
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
 

@@ -85,6 +85,11 @@ class Definition:
     whole: bool = False
 
 
+def result_names(inputs: tuple[str, ...]) -> list[str]:
+    """[o, gradients of the inputs...]; kb and vb are what carries k's and v's."""
+    return ["o", *(f"d{name[0] if name in ('kb', 'vb') else name}" for name in inputs)]
+
+
 FOLDED = ("q", "kb", "vb", "g", "alpha")
 INSIDE = ("q", "k", "v", "g", "alpha", "beta")
 GKA = Definition(FOLDED, lambda x: _gka(x, x["kb"], x["vb"], x["alpha"]), whole=True)

@@ -239,27 +239,7 @@ chunk_output, chunk_output_cpu = _register(
 # --- chunk_output_bwd ------------------------------------------------------------------------------------------------------
 
 
-def _chunk_output_bwd_outputs(  # type: ignore[no-untyped-def]
-    do,
-    q,
-    k,
-    v,
-    g,
-    gk,
-    alpha,
-    beta,
-    h_chunks,
-    u_chunks,
-    state_scales,
-    x,
-    x_scale,
-    phi,
-    cu_seqlens,
-    scale,
-    ridge_ratio,
-    num_iter,
-    chunk_size,
-):
+def _chunk_output_bwd_outputs(do, q, k, v, g, gk, alpha, *_):  # type: ignore[no-untyped-def]
     exact = compute_dtype(q)
     per_token = q.shape[:3]
     return (

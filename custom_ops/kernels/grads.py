@@ -12,11 +12,12 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from .. import config
-from .launch import Tensors, block, compact, on_device, operand, present, settings
+from .launch import Tensors, block, compact, on_device, operand, present, settings, shared_options
 from .tile import (
     decay_mask,
     decay_mask_transposed,
     dense_rows,
+    inner_product,
     largest_entry,
     last,
     load_block,
@@ -24,33 +25,23 @@ from .tile import (
     load_rows,
     load_scalars,
     load_state,
-    narrow,
     outer_sum,
     packed_rows,
     power_of_two,
     product,
     product_into,
+    readout,
     reciprocal,
     store_row_block,
     store_rows,
     store_scalars,
     store_state,
-    transposed_product_into,
     unit_rows,
     unit_scale,
     weighted_product,
 )
 
 __all__ = ["chunk_grads_h_kernel", "chunk_grads_u_kernel", "chunk_state_bwd_kernel", "launch_chunk_grads", "launch_chunk_state_bwd"]
-
-
-@triton.jit
-def readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C: tl.constexpr, HAS_ALPHA: tl.constexpr):
-    """m = q + α(x_scale x − q), or columns of it."""
-    m = x * load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)[:, None]
-    if HAS_ALPHA:
-        m = q + load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)[:, None] * (m - q)
-    return m
 
 
 @triton.jit
@@ -153,9 +144,9 @@ def chunk_state_bwd_kernel(
                 x_block = load_row_block(x_ptr, first, end, H, head, first_column, K, C, BE)
                 y_block = load_row_block(y_ptr, first, end, H, head, first_column, K, C, BE)
                 total = tl.zeros((BK, BE), tl.float32)
-                total = transposed_product_into(k, k_block * (k_weight * reciprocal(k_unit) / s)[:, None], total, OPERAND)
-                total = transposed_product_into(x, y_block * (xy_weight / s)[:, None], total, OPERAND)
-                total = transposed_product_into(y, x_block * (xy_weight / s)[:, None], total, OPERAND)
+                total = product_into(k, k_block * (k_weight * reciprocal(k_unit) / s)[:, None], total, OPERAND, True)
+                total = product_into(x, y_block * (xy_weight / s)[:, None], total, OPERAND, True)
+                total = product_into(y, x_block * (xy_weight / s)[:, None], total, OPERAND, True)
                 d -= total * s
                 bound += 2.0 * tl.abs(ridge) * h_scale + 4.0 * tl.sum(tl.abs(k_weight) + 2.0 * tl.abs(xy_weight), 0)
         tl.store(dh0_ptr + corner + row * K + column, d, mask=inside)
@@ -315,7 +306,7 @@ def chunk_grads_u_kernel(
         end_product = tl.sum(tl.sum(dk * k, 1) * key_scale, 0)
         if HAS_G:
             u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
-            inner = tl.sum(tl.sum(d.to(tl.float32) * u.to(tl.float32), 1), 0)
+            inner = inner_product(d, u)
             end_product += tl.exp(total) * d_scale * u_scale * inner
         dv = product(k, d, OPERAND) * (tail * key_scale)[:, None]
         if HAS_OUTPUT:
@@ -398,7 +389,7 @@ def chunk_grads_h_kernel(
         head = kv_head * groups + group
         matrix = slot.to(tl.int64) * H + head
         k, k_unit = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
-        k = narrow(k, OPERAND)
+        k = k.to(OPERAND)
         beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
         dbeta = load_scalars(dbeta_ptr, first, end, H, head, 0.0, C, HAS_BETA)  # well before any warp stores it
         key_scale = k_unit * beta
@@ -407,11 +398,6 @@ def chunk_grads_h_kernel(
         d_scale = tl.load(dscales_ptr + matrix * 2)
         h_scale = tl.load(scales_ptr + matrix * 2)
         tail = 2.0 * d_scale * key_scale * tl.exp(total - c)
-        to_k = tl.zeros((C, C), OPERAND)
-        to_x = tl.zeros((C, C), OPERAND)
-        to_y = tl.zeros((C, C), OPERAND)
-        s = tail
-        e = tail
         if HAS_OUTPUT:
             x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
             y_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
@@ -426,23 +412,23 @@ def chunk_grads_h_kernel(
             sigma = mask_t * (x_scale * y_scale)[None, :] * key_scale[:, None]
             s = power_of_two(tl.max(tl.maximum(tl.abs(ridge), tl.abs(sigma)), 1))
             inverse = (1.0 / s)[:, None]
-            to_k = narrow(product(k, tl.trans(k), OPERAND) * (ridge * inverse), OPERAND)
+            to_k = (product(k, tl.trans(k), OPERAND) * (ridge * inverse)).to(OPERAND)
             x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-            to_y = narrow(product(k, tl.trans(x), OPERAND) * (sigma * inverse), OPERAND)
+            to_y = (product(k, tl.trans(x), OPERAND) * (sigma * inverse)).to(OPERAND)
             y = load_rows(y_ptr, first, end, H, head, K, C, BK)
-            to_x = narrow(product(k, tl.trans(y), OPERAND) * (sigma * inverse), OPERAND)
+            to_x = (product(k, tl.trans(y), OPERAND) * (sigma * inverse)).to(OPERAND)
         dk_k = tl.zeros((C,), tl.float32)
         k_end = tl.zeros((C,), tl.float32)
         yq = tl.zeros((C,), tl.float32)
         inner = tl.full((), 0.0, tl.float32)
         for half in tl.static_range(HALVES):
             k_half = load_row_block(k_ptr, first, end, Hk, kv_head, half * HK, K, C, HK) * reciprocal(k_unit)[:, None]
-            d = load_block(dh_chunks_ptr, matrix, 0, half * HK, K, K, BK, HK)
+            d = load_block(dh_chunks_ptr, matrix, half * HK, K, K, BK, HK)
             dk = product(k, d, OPERAND) * tail[:, None]
             k_end += tl.sum(dk * k_half, 1)
             if HAS_OUTPUT or HAS_GK:
-                h = load_block(h_chunks_ptr, matrix, 0, half * HK, K, K, BK, HK)
-                inner += tl.sum(tl.sum(d.to(tl.float32) * h.to(tl.float32), 1), 0)
+                h = load_block(h_chunks_ptr, matrix, half * HK, K, K, BK, HK)
+                inner += inner_product(d, h)
             if HAS_OUTPUT:
                 dk -= product(k, h, OPERAND) * e[:, None]
                 y = load_row_block(y_ptr, first, end, H, head, half * HK, K, C, HK)
@@ -511,7 +497,7 @@ def launch_chunk_grads(
     dk, dv, dg, dgk, dbeta = out
     # the two parts of dk can cancel: the first waits with float16's digits, in the memory of the second
     part, part_scale = dk.view(h_chunks.dtype), k.new_empty(k.shape[:3], dtype=torch.float32)
-    common = {"C": C, "OPERAND": operand(k.dtype), "HAS_BETA": beta is not None, "PACKED": cu is not None}
+    common = shared_options(k, beta, cu, C)
     common["HAS_OUTPUT"] = do is not None
     with on_device(k):
         wrap_triton(chunk_grads_u_kernel)[grid](

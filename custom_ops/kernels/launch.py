@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import config
 from ..polynomial import chebyshev_tau
 
-__all__ = ["Tensors", "block", "compact", "on_device", "operand", "polynomial", "present", "settings"]
+__all__ = ["Tensors", "block", "compact", "on_device", "operand", "polynomial", "present", "settings", "shared_options"]
 
 Tensors = Sequence[Tensor]
 
@@ -35,6 +35,11 @@ def block(width: int) -> int:
 def operand(dtype: torch.dtype) -> Any:
     """Operand precision of the matrix products beside inputs of ``dtype``; see tile.py."""
     return tl.float16 if dtype.itemsize == 2 else tl.float32
+
+
+def shared_options(x: Tensor, beta: Any, cu: Any, C: int) -> dict[str, Any]:
+    """Constexprs of every kernel that runs over chunk slots."""
+    return {"C": C, "OPERAND": operand(x.dtype), "HAS_BETA": beta is not None, "PACKED": cu is not None}
 
 
 def polynomial(ridge_ratio: float, num_iter: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
-from .launch import Tensors, block, compact, on_device, operand, polynomial, present, settings
+from .launch import Tensors, block, compact, on_device, polynomial, present, settings, shared_options
 from .tile import (
     decay_mask,
     dense_rows,
@@ -18,9 +18,9 @@ from .tile import (
     load_rows,
     load_scalars,
     load_state,
-    narrow,
     packed_rows,
     product,
+    readout,
     reciprocal,
     solve,
     split_product,
@@ -135,12 +135,9 @@ def chunk_read_kernel(
     else:
         first, end = dense_rows(slot, T, C)
     matrix = slot.to(tl.int64) * H + head
-    m = load_rows(x_ptr, first, end, H, head, K, C, BK)
-    m *= load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)[:, None]
-    if HAS_ALPHA:
-        q = load_rows(q_ptr, first, end, H, head, K, C, BK)
-        m = q + load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)[:, None] * (m - q)
-    m, m_scale = unit_rows(m)
+    x = load_rows(x_ptr, first, end, H, head, K, C, BK)
+    q = load_rows(q_ptr, first, end, H, head, K, C, BK)
+    m, m_scale = unit_rows(readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA))
     k, key_scale = load_keys(k_ptr, beta_ptr, first, end, H, head, Hk, K, C, BK, HAS_BETA)
     v, v_scale = load_keys(v_ptr, beta_ptr, first, end, H, head, Hk, V, C, BV, HAS_BETA)
     u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
@@ -178,7 +175,7 @@ def launch_chunk_output(
     (_, T, H, K), (Hk, V) = q.shape, v.shape[2:]
     grid, sizes = (h_chunks.shape[0], H), (1 if cu is None else cu.shape[0] - 1, T, H, Hk)
     o, x, x_scale, phi = out
-    common = {"C": C, "OPERAND": operand(q.dtype), "HAS_BETA": beta is not None, "PACKED": cu is not None}
+    common = shared_options(q, beta, cu, C)
     with on_device(q):
         wrap_triton(chunk_solve_kernel)[grid](
             *(q, k, *present(q, gk, beta), h_chunks, state_scales, *present(q, cu), x, x_scale, phi, *sizes),
@@ -314,7 +311,7 @@ def chunk_solve_bwd_kernel(
     phi = load_scalars(phi_ptr, first, end, H, head, 0.0, C, True)
     dm = load_rows(y_ptr, first, end, H, head, K, C, BK)
     dm_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)  # before the solve: no warp may have stored y_scale yet
-    held = narrow(dm, OPERAND)  # half the room in the solve
+    held = dm.to(OPERAND)  # half the room in the solve
     y = solve(dm, k, key_scale, decay_mask(c, C), tl.exp(c), h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
     y, y_scale = unit_rows(y)
     gain = reciprocal(phi)
@@ -359,7 +356,7 @@ def launch_chunk_output_bwd(
     (_, T, H, K), (Hk, V) = q.shape, v.shape[2:]
     grid, sizes = (h_chunks.shape[0], H), (1 if cu is None else cu.shape[0] - 1, T, H, Hk)
     dq, dalpha, y, y_scale, eta, mdm = out
-    common = {"C": C, "OPERAND": operand(q.dtype), "HAS_BETA": beta is not None, "PACKED": cu is not None}
+    common = shared_options(q, beta, cu, C)
     common["HAS_ALPHA"] = alpha is not None
     with on_device(q):
         wrap_triton(chunk_read_bwd_kernel)[grid](

@@ -17,6 +17,7 @@ __all__ = [
     "decay_mask_transposed",
     "dense_rows",
     "frobenius",
+    "inner_product",
     "largest_entry",
     "last",
     "load_block",
@@ -24,21 +25,19 @@ __all__ = [
     "load_rows",
     "load_scalars",
     "load_state",
-    "narrow",
     "outer_sum",
     "packed_rows",
     "power_of_two",
     "product",
     "product_into",
+    "readout",
     "reciprocal",
-    "row_weighted",
     "solve",
     "split_product",
     "store_row_block",
     "store_rows",
     "store_scalars",
     "store_state",
-    "transposed_product_into",
     "unit_rows",
     "unit_scale",
     "weighted_product",
@@ -49,7 +48,11 @@ TINY = tl.constexpr(1.1754943508222875e-38)  # below this ‖H‖_F counts as ze
 
 @triton.jit
 def dense_rows(slot, T, C: tl.constexpr):
-    """(first row, end row) of a chunk slot of equally long sequences; see reference.num_slots."""
+    """(first row, end row) of a chunk slot of equally long sequences; see reference.num_slots.
+
+    Each kernel chooses between this and packed_rows itself: behind one more call, Inductor's mutation analysis takes cu_seqlens for
+    written.
+    """
     chunks = tl.cdiv(T, C)
     begin = (slot // chunks).to(tl.int64) * T
     return begin + (slot % chunks) * C, begin + T
@@ -144,43 +147,28 @@ def unit_rows(x):
 
 
 @triton.jit
-def narrow(x, OPERAND: tl.constexpr):
-    """x as an operand of a product is held."""
-    return x.to(OPERAND)
-
-
-@triton.jit
-def product_into(a, b, accumulator, OPERAND: tl.constexpr):
-    """accumulator + a @ b, for operands whose largest entries are O(1).
+def product_into(a, b, accumulator, OPERAND: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """accumulator + a @ b, or aᵀ @ b if TRANSPOSED, for operands whose largest entries are O(1).
 
     OPERAND float16: one product. float32: each factor as the sum of two float16 numbers, 22 bits, and three products on the same
-    tensor cores; the factor 32 keeps the second number of small entries out of the subnormals.
+    tensor cores; the factor 32 keeps the second number of small entries out of the subnormals. What is transposed has its operand's
+    dtype already: see docs/design.md, section 5, on tl.trans.
     """
     if OPERAND == tl.float32:
         a = a.to(tl.float32) * 32.0
         b = b.to(tl.float32) * 32.0
         a_high = a.to(tl.float16)
         b_high = b.to(tl.float16)
-        small = tl.dot(a_high, (b - b_high.to(tl.float32)).to(tl.float16))
-        small = tl.dot((a - a_high.to(tl.float32)).to(tl.float16), b_high, small)
-        return accumulator + tl.dot(a_high, b_high, small) * (1.0 / 1024.0)
+        a_left = tl.trans(a_high) if TRANSPOSED else a_high
+        small = tl.dot(a_left, (b - b_high.to(tl.float32)).to(tl.float16))
+        a_low = (a - a_high.to(tl.float32)).to(tl.float16)
+        small = tl.dot(tl.trans(a_low) if TRANSPOSED else a_low, b_high, small)
+        return accumulator + tl.dot(a_left, b_high, small) * (1.0 / 1024.0)
     else:
-        return tl.dot(a.to(OPERAND), b.to(OPERAND), accumulator)
-
-
-@triton.jit
-def transposed_product_into(a, b, accumulator, OPERAND: tl.constexpr):
-    """accumulator + aᵀ @ b. What is transposed has its operand's dtype already: see docs/design.md, section 5, on tl.trans."""
-    if OPERAND == tl.float32:
-        a = a * 32.0
-        b = b * 32.0
-        a_high = a.to(tl.float16)
-        b_high = b.to(tl.float16)
-        small = tl.dot(tl.trans(a_high), (b - b_high.to(tl.float32)).to(tl.float16))
-        small = tl.dot(tl.trans((a - a_high.to(tl.float32)).to(tl.float16)), b_high, small)
-        return accumulator + tl.dot(tl.trans(a_high), b_high, small) * (1.0 / 1024.0)
-    else:
-        return tl.dot(tl.trans(a.to(OPERAND)), b.to(OPERAND), accumulator)
+        a = a.to(OPERAND)
+        if TRANSPOSED:
+            a = tl.trans(a)
+        return tl.dot(a, b.to(OPERAND), accumulator)
 
 
 @triton.jit
@@ -194,22 +182,15 @@ def split_product(a, b, OPERAND: tl.constexpr):
     """a @ b for b with no more digits than OPERAND: a in two parts, so that its digits count where the sum cancels."""
     total = product(a, b, OPERAND)
     if OPERAND != tl.float32:
-        total = product_into(a - narrow(a, OPERAND).to(tl.float32), b, total, OPERAND)
+        total = product_into(a - a.to(OPERAND).to(tl.float32), b, total, OPERAND)
     return total
 
 
 @triton.jit
-def row_weighted(p, weight, OPERAND: tl.constexpr):
-    """p ∘ weight as an operand, divided row by row by a power of two so that the weights fit, and those powers."""
-    s = power_of_two(tl.max(tl.abs(weight), 1))
-    return narrow(p * (weight * (1.0 / s)[:, None]), OPERAND), s
-
-
-@triton.jit
 def weighted_product(p, weight, b, OPERAND: tl.constexpr):
-    """(p ∘ weight) @ b."""
-    a, s = row_weighted(p, weight, OPERAND)
-    return product(a, b, OPERAND) * s[:, None]
+    """(p ∘ weight) @ b, the weights normalised row by row so that they fit the operand precision."""
+    s = power_of_two(tl.max(tl.abs(weight), 1))
+    return product(p * (weight * (1.0 / s)[:, None]), b, OPERAND) * s[:, None]
 
 
 @triton.jit
@@ -220,26 +201,36 @@ def outer_sum(a, b, weight, EXACT: tl.constexpr, OPERAND: tl.constexpr):
     """
     s = power_of_two(tl.max(tl.abs(weight), 0))
     weighted = b * (weight * (1.0 / s))[:, None]
-    total = transposed_product_into(a, weighted, tl.zeros((a.shape[1], b.shape[1]), tl.float32), OPERAND)
+    total = product_into(a, weighted, tl.zeros((a.shape[1], b.shape[1]), tl.float32), OPERAND, True)
     if EXACT and OPERAND != tl.float32:
-        total = transposed_product_into(a, weighted - narrow(weighted, OPERAND).to(tl.float32), total, OPERAND)
+        total = product_into(a, weighted - weighted.to(OPERAND).to(tl.float32), total, OPERAND, True)
     return total * s
+
+
+@triton.jit
+def masked_exp(inside, x):
+    """exp(x) inside, else 0; what x is outside does not matter."""
+    return tl.where(inside, tl.exp(tl.where(inside, x, 0.0)), 0.0)
 
 
 @triton.jit
 def decay_mask(c, C: tl.constexpr):
     """D_tj = exp(c_t − c_j) for j ≤ t, else 0."""
     row = tl.arange(0, C)
-    causal = row[:, None] >= row[None, :]
-    return tl.where(causal, tl.exp(tl.where(causal, c[:, None] - c[None, :], 0.0)), 0.0)
+    return masked_exp(row[:, None] >= row[None, :], c[:, None] - c[None, :])
 
 
 @triton.jit
 def decay_mask_transposed(c, C: tl.constexpr):
     """D_tj with j along the rows, computed rather than transposed (see docs/design.md)."""
     row = tl.arange(0, C)
-    causal = row[:, None] <= row[None, :]
-    return tl.where(causal, tl.exp(tl.where(causal, c[None, :] - c[:, None], 0.0)), 0.0)
+    return masked_exp(row[:, None] <= row[None, :], c[None, :] - c[:, None])
+
+
+@triton.jit
+def inner_product(a, b):
+    """Σ a_ij b_ij in float32."""
+    return tl.sum(tl.sum(a.to(tl.float32) * b.to(tl.float32), 1), 0)
 
 
 @triton.jit
@@ -249,9 +240,9 @@ def last(x, C: tl.constexpr):
 
 
 @triton.jit
-def load_block(ptr, matrix, first_row, first_column, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
-    """Rows first_row … + BD, columns first_column … + BE of a stored state [.., D, E], in its storage dtype."""
-    row = first_row + tl.arange(0, BD)[:, None]
+def load_block(ptr, matrix, first_column, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
+    """Columns first_column … + BE of a stored state [.., D, E], in its storage dtype."""
+    row = tl.arange(0, BD)[:, None]
     column = first_column + tl.arange(0, BE)[None, :]
     return tl.load(ptr + matrix * (D * E) + row * E + column, mask=(row < D) & (column < E), other=0.0)
 
@@ -259,7 +250,7 @@ def load_block(ptr, matrix, first_row, first_column, D: tl.constexpr, E: tl.cons
 @triton.jit
 def largest_entry(ptr, matrix, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
     """Of a state [.., D, E]."""
-    return tl.max(tl.max(tl.abs(load_block(ptr, matrix, 0, 0, D, E, BD, BE)), 1), 0)
+    return tl.max(tl.max(tl.abs(load_block(ptr, matrix, 0, D, E, BD, BE)), 1), 0)
 
 
 @triton.jit
@@ -270,7 +261,7 @@ def load_state(
 
     WHICH: 0 for H, 1 for U, the state's place among the scales [.., 2].
     """
-    return load_block(ptr, matrix, 0, first_column, D, E, BD, BE), tl.load(scale_ptr + matrix * 2 + WHICH)
+    return load_block(ptr, matrix, first_column, D, E, BD, BE), tl.load(scale_ptr + matrix * 2 + WHICH)
 
 
 @triton.jit
@@ -300,6 +291,15 @@ def store_state(
 
 
 @triton.jit
+def readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C: tl.constexpr, HAS_ALPHA: tl.constexpr):
+    """m = q + α(x_scale x − q) [C, BK]."""
+    m = x * load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)[:, None]
+    if HAS_ALPHA:
+        m = q + load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)[:, None] * (m - q)
+    return m
+
+
+@triton.jit
 def frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND: tl.constexpr):
     """φ_t = ‖H_t‖_F [C], for keys key_scale_j k_j and a start state h_scale · h.
 
@@ -307,8 +307,7 @@ def frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND: tl.constexpr):
     decays by γ²: it is Σ_s D_ts² B_s.
     """
     C: tl.constexpr = k.shape[0]
-    h32 = h.to(tl.float32)
-    start = tl.sum(tl.sum(h32 * h32, 1), 0)
+    start = inner_product(h, h)
     square_scale = key_scale * key_scale
     unit = power_of_two(tl.maximum(h_scale, tl.max(square_scale, 0)))  # φ² would leave float32 where φ does not
     square_scale = square_scale / unit
@@ -325,7 +324,7 @@ def frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND: tl.constexpr):
 @triton.jit
 def next_term(t, previous, start_gain, inner, h, k, kt, OPERAND: tl.constexpr):
     """T_{n+1}(Z) q = 2 Z t − previous, t = T_n(Z) q, 2 Z t = 4 H t/φ − 2 t."""
-    inside = narrow(product(t, kt, OPERAND), OPERAND) * inner
+    inside = product(t, kt, OPERAND).to(OPERAND) * inner
     z = product_into(inside, k, -2.0 * t - previous, OPERAND)
     return product_into(t * start_gain, h, z, OPERAND)
 
@@ -355,9 +354,9 @@ def solve(
     """
     gain = 4.0 * reciprocal(phi)
     start_gain = (gamma * h_scale * gain)[:, None]
-    inner = narrow(mask * gain[:, None] * (key_scale * key_scale)[None, :], OPERAND)
-    h = narrow(h, OPERAND)
-    k = narrow(k, OPERAND)
+    inner = (mask * gain[:, None] * (key_scale * key_scale)[None, :]).to(OPERAND)
+    h = h.to(OPERAND)
+    k = k.to(OPERAND)
     kt = tl.trans(k)
     even = rhs
     odd = 0.5 * next_term(even, tl.zeros_like(even), start_gain, inner, h, k, kt, OPERAND)
