@@ -1,19 +1,29 @@
-"""A model exported once, in forms that run without its Python code. onnx and onnxruntime are imported when they are used."""
+"""A model exported once, in forms that run without its Python code. onnx, onnxruntime and TensorRT are imported when used."""
 
-from .artifact import BACKENDS, ArtifactError, load_manifest, save_artifact
+from .artifact import BACKENDS, DEFAULT_BACKENDS, ArtifactError, load_manifest, save_artifact
+from .engine import DeviceArray, Engine, EngineError
+from .portable import decompositions
 from .program import Programs, export_program
 from .runner import Runner
 from .to_aoti import to_aoti
 from .to_onnx import to_onnx
+from .to_tensorrt import RTX_CAPABILITIES, to_tensorrt
 
 __all__ = [
     "BACKENDS",
+    "DEFAULT_BACKENDS",
+    "RTX_CAPABILITIES",
     "ArtifactError",
+    "DeviceArray",
+    "Engine",
+    "EngineError",
     "Programs",
     "Runner",
+    "decompositions",
     "export_program",
     "load_manifest",
     "save_artifact",
     "to_aoti",
     "to_onnx",
+    "to_tensorrt",
 ]

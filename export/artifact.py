@@ -5,6 +5,8 @@
     step.pt2
     prefill.onnx      backend "onnx": standard operators, any machine
     step.onnx         (with weights past 2 GB in .onnx.data files beside them)
+    prefill.engine    backend "tensorrt": for the GPUs and the version of the library in prefill.engine.json
+    step.engine
 
 Weights are inside the programs; the folder runs without the model's Python code (:mod:`.runner`).
 """
@@ -17,7 +19,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,18 @@ from gka_compile import __version__
 from .program import BATCH, LENGTH, LanguageModel, Programs, export_program
 from .to_aoti import to_aoti
 from .to_onnx import present_name, to_onnx
+from .to_tensorrt import LIBRARIES, Range, to_tensorrt
 
-__all__ = ["BACKENDS", "ArtifactError", "load_manifest", "save_artifact"]
+__all__ = ["BACKENDS", "DEFAULT_BACKENDS", "ArtifactError", "load_manifest", "save_artifact"]
 
 FORMAT, VERSION = "gka-compile artifact", 1
 MANIFEST = "manifest.json"
-SUFFIXES = {"aoti": ".pt2", "onnx": ".onnx"}
+SUFFIXES = {"aoti": ".pt2", "onnx": ".onnx", "tensorrt": ".engine"}
 BACKENDS = tuple(SUFFIXES)
-PACKAGES = {"aoti": ("torch",), "onnx": ("torch", "onnx", "onnxscript")}
+DEFAULT_BACKENDS = ("aoti", "onnx")
+PACKAGES = {"aoti": ("torch",), "onnx": ("torch", "onnx", "onnxscript"), "tensorrt": ("torch", "onnx", "onnxscript")}
+LONGEST_PREFILL = 4096  # of engines, unless the model or the caller says otherwise
+USUAL_PREFILL = 128
 
 Manifest = dict[str, Any]
 
@@ -52,16 +58,20 @@ class ArtifactError(ValueError):
 def save_artifact(
     model: LanguageModel,
     folder: str | Path,
-    backends: Sequence[str] = BACKENDS,
+    backends: Sequence[str] = DEFAULT_BACKENDS,
     progress: Callable[[str], None] | None = None,
+    tensorrt: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Export ``model`` for each backend and write the artifact to ``folder``, which appears when it is whole or not at all.
 
     Args:
         model: in eval mode, on the device that the artifact is for.
         folder: new, or an artifact, which is replaced.
-        backends: among "aoti" and "onnx".
+        backends: among "aoti", "onnx" and "tensorrt".
         progress: called with a short text before each stage ("export", "aoti prefill", …).
+        tensorrt: for backend "tensorrt", keyword arguments of :func:`.to_tensorrt`: flavour, compute_capabilities, lengths (of
+            prefill), batches, workspace, mixed. Without them engines are of TensorRT-RTX for its usual GPUs, for batches up to 8
+            and for prompts up to the model's max_length or LONGEST_PREFILL.
 
     Returns:
         The manifest; ``manifest["backends"][name]["seconds"]`` is what building a backend took, beside
@@ -70,10 +80,12 @@ def save_artifact(
     Raises:
         ArtifactError: ``folder`` exists and is not an artifact.
         ImportError: a package that a backend needs is absent; the message says which.
-        TypeError, ValueError, RuntimeError: as :func:`.export_program`, :func:`.to_aoti` and :func:`.to_onnx`.
+        TypeError, ValueError, RuntimeError: as :func:`.export_program`, :func:`.to_aoti`, :func:`.to_onnx`, :func:`.to_tensorrt`.
     """
     if isinstance(backends, str) or not backends or set(backends) - set(BACKENDS) or len(set(backends)) != len(backends):
         raise ValueError(f"backends: expected some of {', '.join(BACKENDS)}, each once, got {backends!r}")
+    if tensorrt is not None and "tensorrt" not in backends:
+        raise ValueError(f"tensorrt: expected None without backend tensorrt, got {dict(tensorrt)}")
     folder = Path(folder)
     _check_replaceable(folder)
     say = progress if progress is not None else lambda _: None
@@ -85,7 +97,8 @@ def save_artifact(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         built = Path(temporary) / folder.name
         built.mkdir()
-        entries = {backend: _build(backend, programs, built, say) for backend in backends}
+        engines = _engine_options(model, programs, tensorrt or {}) if "tensorrt" in backends else {}
+        entries = {backend: _build(backend, programs, built, say, engines) for backend in backends}
         manifest = _manifest(model, programs, entries, built) | {"export_seconds": round(export_seconds, 3)}
         manifest["sha256"] = _digest_of(manifest)
         (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -105,18 +118,37 @@ def _check_replaceable(folder: Path) -> None:
         _read(folder, "expected a new folder or an artifact to replace")
 
 
-def _build(backend: str, programs: Programs, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _engine_options(model: LanguageModel, programs: Programs, given: Mapping[str, Any]) -> dict[str, Any]:
+    most = model.config.max_length if _is_limited(programs) else LONGEST_PREFILL
+    lengths: Range = (1, min(USUAL_PREFILL, most), most)
+    return {"lengths": lengths, "batches": (1, 1, 8), **given}
+
+
+def _is_limited(programs: Programs) -> bool:
+    """A static cache of keys and values is the one part of a state that fills up."""
+    return any(name.startswith("key_cache") for name in programs.state)
+
+
+def _build(
+    backend: str, programs: Programs, folder: Path, say: Callable[[str], None], engine_options: dict[str, Any]
+) -> dict[str, Any]:
     start = time.perf_counter()
-    files = {}
+    files, entry = {}, {}
     for name, program in programs.items():
         say(f"{backend} {name}")
         path = folder / (name + SUFFIXES[backend])
+        inputs, outputs = ["tokens", *programs.state], ["logits", *map(present_name, programs.state)]
         if backend == "aoti":
             to_aoti(program, path)
+        elif backend == "onnx":
+            to_onnx(program, path, inputs, outputs)
         else:
-            to_onnx(program, path, ["tokens", *programs.state], ["logits", *map(present_name, programs.state)])
+            options = engine_options if name == "prefill" else {k: x for k, x in engine_options.items() if k != "lengths"}
+            made = to_tensorrt(program, path, inputs, outputs, **options)
+            entry = {key: made[key] for key in ("flavour", "compute_capabilities")}
+            entry["library"] = f"{LIBRARIES[made['flavour']]} {made['library_version']}"
         files[name] = path.name
-    entry = {"programs": files, "seconds": round(time.perf_counter() - start, 3)}
+    entry |= {"programs": files, "seconds": round(time.perf_counter() - start, 3)}
     return entry | {"versions": {name: importlib.metadata.version(name) for name in PACKAGES[backend]}}
 
 
@@ -124,8 +156,6 @@ def _manifest(model: LanguageModel, programs: Programs, entries: dict[str, dict[
     config = model.config.to_dict()
     state = [_describe(name, x.dtype, (BATCH, *x.shape[1:])) for name, x in programs.state.items()]
     device = next(iter(programs.state.values())).device.type
-    # a static cache of keys and values is the one part of a state that fills up
-    limited = any(name.startswith("key_cache") for name in programs.state)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -135,7 +165,7 @@ def _manifest(model: LanguageModel, programs: Programs, entries: dict[str, dict[
         "model": {
             "config": config,
             "vocab_size": model.config.vocab_size,
-            "max_length": model.config.max_length if limited else None,
+            "max_length": model.config.max_length if _is_limited(programs) else None,
         },
         "state": state,
         "programs": {name: _signature(name, program, state, model.config.vocab_size) for name, program in programs.items()},

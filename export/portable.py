@@ -1,7 +1,8 @@
 """The portable form: programs without ``gka`` nodes, in standard ops alone.
 
-In the reference (:mod:`gka_compile.custom_ops.reference`) all but two loops is batched and traceable at any size, and the two are
-arguments: the scan over chunks, and the series of matrix products that is the solve.  Each consumer gets the form that it digests:
+On GPUs it is that of :mod:`.portable_cuda`.  On CPUs it is the reference itself (:mod:`gka_compile.custom_ops.reference`), which
+is the least arithmetic: all but two loops of it is batched and traceable at any size, and the two are arguments, the scan over
+chunks and the series of matrix products that is the solve.  Each consumer gets the form that it digests:
 
              scan over chunks                            series of ``num_iter`` products
     ONNX     ``scan``, which becomes one ``Scan``        unrolled: runtimes fuse what they see
@@ -15,20 +16,26 @@ the solve up to 180 000 tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan_op
 from torch._higher_order_ops.while_loop import while_loop_op
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from gka_compile.custom_ops import reference
 from gka_compile.custom_ops.polynomial import chebyshev_coefficients
 from gka_compile.custom_ops.reference import Recurrence, Scan, Series, chebyshev_series
 
-__all__ = ["INDUCTOR", "ONNX", "Loops", "portable"]
+from . import portable_cuda
+
+__all__ = ["Table", "decompositions", "inductor_decompositions", "portable"]
+
+Form = Callable[..., tuple[Tensor, ...]]
+Table = dict[OpOverload, Form]
 
 
 class Loops(NamedTuple):
@@ -54,12 +61,12 @@ def _scan_node(recurrences: Sequence[Recurrence]) -> list[tuple[Tensor, Tensor]]
 
 
 def _scan_product(recurrences: Sequence[Recurrence]) -> list[tuple[Tensor, Tensor]]:
-    """The chunk states as S_c = Σ_{j≤c} e^{L_c − L_j} x_j: L the running log decay, x_0 the initial state, x_j the increments."""
+    """The chunk states as one masked product, see :mod:`.portable_cuda`."""
     results = []
     for r in recurrences:
-        running = F.pad(r.total.cumsum(1), (0, 0, 1, 0)).transpose(1, 2)  # [N, H, n + 1]
         terms = torch.cat([r.initial.unsqueeze(1), r.increment], 1).transpose(1, 2)  # [N, H, n + 1, X, Y]
-        states = (reference.decay_mask(running) @ terms.flatten(3)).unflatten(3, r.initial.shape[2:]).transpose(1, 2)
+        states = portable_cuda.decays_between(r.total.transpose(1, 2)) @ terms.flatten(3)
+        states = states.unflatten(3, r.initial.shape[2:]).transpose(1, 2)
         results.append((states[:, :-1], states[:, -1]))
     return results
 
@@ -97,25 +104,69 @@ ONNX = Loops(_scan_node, chebyshev_series)
 INDUCTOR = Loops(_scan_product, _series_loop)
 
 
-def portable(program: ExportedProgram, loops: Loops) -> ExportedProgram:
-    """``program`` with every forward ``gka`` node replaced by standard ops and the given loops.
+def _table(chunk_state: Form, chunk_output: Form, step: Form) -> Table:
+    def contiguous(function: Form) -> Form:
+        return lambda *args: tuple(x.contiguous() for x in function(*args))  # as an op's outputs are
+
+    def unpacked(function: Form, cu_seqlens: int) -> Form:
+        def checked(*args: Any) -> tuple[Tensor, ...]:
+            if args[cu_seqlens] is not None:
+                raise ValueError("program: expected batches of sequences, got packed ones (cu_seqlens): they have no portable form")
+            return function(*args)
+
+        return contiguous(checked)
+
+    gka = torch.ops.gka
+    return {
+        gka.chunk_state.default: unpacked(chunk_state, 7),
+        gka.chunk_output.default: unpacked(chunk_output, 12),
+        gka.step.default: contiguous(step),
+    }
+
+
+def _cpu_table(loops: Loops) -> Table:
+    return _table(
+        partial(reference.chunk_state, scan=loops.scan),
+        partial(reference.chunk_output, series=loops.series),
+        partial(reference.step, series=loops.series),
+    )
+
+
+def decompositions(device: str = "cuda", mixed: bool = False) -> Table:
+    """The portable form as decompositions, for ``program.run_decompositions(decompositions())``.
+
+    For runtimes that execute graphs of standard ops (ONNX Runtime, TensorRT).  A program with packed sequences has no such form:
+    ``run_decompositions`` then raises ValueError.
+
+    Args:
+        device: what the graph is arranged for: "cuda", few launches, or "cpu", little arithmetic. Both run on either.
+        mixed: the products of the solve over chunks, nearly all of the work, take float16 operands; states, norms, sums and the
+            step stay in float32. False: everything is computed in float32 (float64 beside float64). For "cuda" only.
+
+    Raises:
+        ValueError: ``device`` is something else, or "cpu" with ``mixed``.
+    """
+    if device not in ("cuda", "cpu"):
+        raise ValueError(f"device: expected cuda or cpu, got {device!r}")
+    if device == "cpu":
+        if mixed:
+            raise ValueError("mixed: expected device cuda, got cpu, where float16 products gain nothing")
+        return _cpu_table(ONNX)
+    return _table(portable_cuda.chunk_state, partial(portable_cuda.chunk_output, mixed=mixed), portable_cuda.step)
+
+
+def inductor_decompositions() -> Table:
+    """The portable form for AOTInductor on the CPU."""
+    return _cpu_table(INDUCTOR)
+
+
+def portable(program: ExportedProgram, table: Table) -> ExportedProgram:
+    """``program`` with every forward ``gka`` node replaced by standard ops, as ``table`` says.
 
     Raises:
         ValueError: a ``gka`` node has no portable form: one of the backward, in place, or for packed sequences (lengths are data).
     """
-
-    def replaced(function: Callable[..., tuple[Tensor, ...]], **loop: Any) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda *args: tuple(x.contiguous() for x in function(*args, **loop))  # contiguous, as an op's outputs are
-
-    gka = torch.ops.gka
-    table = {
-        gka.chunk_state.default: replaced(reference.chunk_state, scan=loops.scan),
-        gka.chunk_output.default: replaced(reference.chunk_output, series=loops.series),
-        gka.step.default: replaced(reference.step, series=loops.series),
-    }
     for node in program.graph.nodes:
         if str(node.target).startswith("gka.") and node.target not in table:
             raise ValueError(f"program: expected gka nodes among chunk_state, chunk_output and step, got {node.target}")
-        if node.target is gka.chunk_state.default and node.args[7] is not None:
-            raise ValueError("program: expected batches of sequences, got packed ones (cu_seqlens), which have no portable form")
-    return program.run_decompositions(table)
+    return program.run_decompositions(table)  # type: ignore[arg-type]

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gka_compile.tokens import check_tokens, choose
 
-from .artifact import BACKENDS, ArtifactError, Manifest, load_manifest, target
-from .program import BATCH
+from .artifact import BACKENDS, ArtifactError, Manifest, load_manifest
+from .backends import PROVIDERS, AOTInductor, Backend, ONNXRuntime, TensorRT
 
 __all__ = ["Runner"]
-
-
-class _Engine(Protocol):
-    """One program of one backend: (tokens, *state) to (logits, *new state), on ``device``."""
-
-    def __call__(self, name: str, inputs: Sequence[Tensor]) -> Sequence[Tensor]: ...
 
 
 class Runner:
@@ -31,48 +23,51 @@ class Runner:
     after that fixes B anew.  Tokens are int64 tensors; they may be on any device, results are on ``device``.
     """
 
-    def __init__(self, manifest: Manifest, backend: str, engine: _Engine, device: torch.device) -> None:
+    def __init__(self, manifest: Manifest, name: str, backend: Backend) -> None:
         self.manifest = manifest
-        self.backend = backend
-        self.device = device
+        self.backend = name
+        self.device = backend.device
         self.vocab_size: int = manifest["model"]["vocab_size"]
         self.max_length: int | None = manifest["model"]["max_length"]
         """Most tokens that a sequence may have; None: no limit."""
-        self._engine = engine
+        self._backend = backend
         self.reset()
 
     @classmethod
-    def load(cls, folder: str | Path, backend: str = "aoti", device: str | None = None) -> Runner:
+    def load(cls, folder: str | Path, backend: str = "aoti", device: str | None = None, provider: str | None = None) -> Runner:
         """Check the artifact in ``folder`` and load one of its backends.
 
         Args:
-            backend: "aoti" or "onnx".
-            device: "cpu" or "cuda" for "onnx" (None: "cpu"); "aoti" runs on what it was compiled for.
+            backend: "aoti", "onnx" or "tensorrt".
+            device: "cpu" or "cuda"; None: for "aoti" what it was compiled for, for "onnx" what ``provider`` runs on, else the CPU.
+                "tensorrt" runs on a GPU.
+            provider: of ONNX Runtime, "CPUExecutionProvider", "CUDAExecutionProvider" or "NvTensorRTRTXExecutionProvider"; None:
+                the first of ``device``.
 
         Raises:
-            ArtifactError: the artifact is damaged, of another format version, without that backend, or compiled for other hardware.
-            ImportError: onnxruntime is absent.
-            ValueError: unknown backend or device, or a device that the backend cannot run on here.
+            ArtifactError: the artifact is damaged, of another format version, without that backend, or compiled for other hardware
+                or another version of TensorRT.
+            ImportError: onnxruntime, or the library that built the engines, is absent.
+            ValueError: unknown backend, device or provider, or one that cannot run here.
         """
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         if device not in (None, "cpu", "cuda"):
             raise ValueError(f"device: expected cpu, cuda or None, got {device!r}")
+        if provider is not None and (backend != "onnx" or provider not in PROVIDERS):
+            raise ValueError(f"provider: expected None, or for backend onnx one of {', '.join(PROVIDERS)}, got {provider!r}")
         folder = Path(folder)
         manifest = load_manifest(folder)
         if backend not in manifest["backends"]:
             raise ArtifactError(f"{folder}: expected the backend {backend}, got an artifact with {', '.join(manifest['backends'])}")
-        if device is None:
-            device = manifest["device"] if backend == "aoti" else "cpu"
-        if backend == "aoti":
-            engine: _Engine = _AOTInductor(folder, manifest, device)
-        else:
-            engine = _ONNXRuntime(folder, manifest, device)
-        return cls(manifest, backend, engine, torch.device(device))
+        if backend == "onnx":
+            return cls(manifest, backend, ONNXRuntime(folder, manifest, device, provider))
+        return cls(manifest, backend, (AOTInductor if backend == "aoti" else TensorRT)(folder, manifest, device))
 
     def reset(self) -> None:
         """Forget the state."""
-        self._state: list[Tensor] = []
+        self._state: Any = None
+        self._batch = 0
         self._length = 0
 
     def prefill(self, tokens: Tensor) -> Tensor:
@@ -134,82 +129,14 @@ class Runner:
         length = self._length + (tokens.shape[1] if name == "prefill" else 1)
         self._check_room(argument, length)
         batch = tokens.shape[0]
-        state = self._state or [self._zeros(entry, batch) for entry in self.manifest["state"]]
-        if state[0].shape[0] != batch:
-            raise ValueError(
-                f"{argument}: expected the {state[0].shape[0]} sequences of the state, got {batch}; reset() starts anew"
-            )
-        logits, *self._state = self._engine(name, [tokens.to(self.device).contiguous(), *state])
+        if self._state is None:
+            self._state, self._batch = self._backend.start(batch), batch
+        if batch != self._batch:
+            raise ValueError(f"{argument}: expected the {self._batch} sequences of the state, got {batch}; reset() starts anew")
+        logits, self._state = self._backend(name, tokens.to(self.device).contiguous(), self._state)
         self._length = length
         return logits
-
-    def _zeros(self, entry: dict[str, Any], batch: int) -> Tensor:
-        shape = [batch if size == BATCH else size for size in entry["shape"]]
-        return torch.zeros(shape, dtype=getattr(torch, entry["dtype"]), device=self.device)
 
     def _check_room(self, argument: str, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
             raise ValueError(f"{argument}: expected to consume at most max_length = {self.max_length} tokens, got {length}")
-
-
-# --- backends --------------------------------------------------------------------------------------------------------------
-
-CPU_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs what was compiled for those before it
-
-
-class _AOTInductor:
-    """``.pt2`` packages: shared libraries that torch loads."""
-
-    def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
-        if device != manifest["device"]:
-            raise ValueError(f"device: expected {manifest['device']}, which {folder} was compiled for, got {device}")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: expected a GPU for {folder}, which was compiled for cuda, got a machine without one")
-        if not _runs(manifest["target"], target(device)):
-            raise ArtifactError(f"{folder}: expected code for {target(device)}, got code for {manifest['target']}: export it here")
-        files = manifest["backends"]["aoti"]["programs"]
-        self._programs = {name: torch._inductor.aoti_load_package(str(folder / file)) for name, file in files.items()}
-
-    def __call__(self, name: str, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        with torch.no_grad():
-            return self._programs[name](*inputs)  # type: ignore[no-any-return]
-
-
-def _runs(built_for: str, here: str) -> bool:
-    """Whether code for the first target runs on the second."""
-    *old_kind, old = built_for.split()
-    *new_kind, new = here.split()
-    if old_kind != new_kind:
-        return False
-    if old in CPU_CAPABILITIES and new in CPU_CAPABILITIES:
-        return CPU_CAPABILITIES.index(old) <= CPU_CAPABILITIES.index(new)
-    return old == new
-
-
-class _ONNXRuntime:
-    """ONNX files in ONNX Runtime's own CPU or CUDA kernels; on CUDA tensors travel through the host at every call."""
-
-    def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
-        try:
-            import onnxruntime  # type: ignore[import-untyped]
-        except ImportError as error:
-            raise ImportError(
-                'backend "onnx" needs onnxruntime, which is not installed: pip install "gka-compile[onnx]" (or [onnx-gpu])'
-            ) from error
-        provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
-        available = onnxruntime.get_available_providers()
-        if provider not in available:
-            raise ValueError(
-                f"device: expected one that onnxruntime runs on here ({', '.join(available)}), got {device}: "
-                'pip install "gka-compile[onnx-gpu]"'
-            )
-        files = manifest["backends"]["onnx"]["programs"]
-        self._device = torch.device(device)
-        self._names = {name: [x["name"] for x in p["inputs"]] for name, p in manifest["programs"].items()}
-        self._sessions = {
-            name: onnxruntime.InferenceSession(os.fspath(folder / file), providers=[provider]) for name, file in files.items()
-        }
-
-    def __call__(self, name: str, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        feed = {key: x.cpu().numpy() for key, x in zip(self._names[name], inputs, strict=True)}
-        return [torch.from_numpy(x).to(self._device) for x in self._sessions[name].run(None, feed)]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from .portable import INDUCTOR, portable
+from .portable import inductor_decompositions, portable
 
 __all__ = ["to_aoti"]
 
@@ -36,7 +36,7 @@ def to_aoti(program: ExportedProgram, path: str | Path) -> Path:
         raise ValueError(f"path: expected a name that ends in .pt2, got {path.name!r}")
     on_cpu = _device(program).type == "cpu"
     if on_cpu:
-        program = portable(program, INDUCTOR)
+        program = portable(program, inductor_decompositions())
     options: dict[str, Any] = CPU_OPTIONS if on_cpu else CUDA_OPTIONS
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         built = Path(folder) / path.name

@@ -8,7 +8,7 @@ import platform
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,6 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+
+def _say(what: str) -> None:
+    console.print(f"… {what}", highlight=False)
 
 
 def _device(device: str) -> str:
@@ -49,30 +53,30 @@ def demo(
     """Train a small language model on the standard library's source, compile it, export it, and compare all forms of it.
 
     Generates the same bytes greedily from the eager model, torch.compile, AOTInductor and ONNX Runtime (the last two in processes
-    that never import the model), prints a table, and exits 1 if any of them disagrees.
+    that never import the model), prints a table, and exits 1 if any of them disagrees. Where TensorRT-RTX is installed its engines
+    are built as well, and run if the GPU is one of those that they are for.
     """
-    from .demo import CONFIG, PROMPT, TOLERANCE, compare, train
+    from .demo import CONFIG, PROMPT, TOLERANCE, Built, compare, train
 
     model, loss = train(CONFIG, seconds, _device(device))
     model.save(out / "checkpoint")
     console.print(f"trained to {loss:.2f} nats per byte; weights in {out / 'checkpoint'}", highlight=False)
-    rows = compare(model, out / "artifact", length, lambda what: console.print(f"… {what}", highlight=False))
-    eager = rows[0]
+    eager, others = compare(model, out / "artifact", length, _say)
+    rows = (eager, *others)
     console.print(bytes([*PROMPT, *eager.tokens[0].tolist()]).decode(errors="replace"), style="dim", markup=False, highlight=False)
     table = Table(title=f"{length} bytes, greedily; a form agrees with the same bytes and logits within {TOLERANCE:g}")
     for column in ("form", "max logit error", "tokens/s", "size", "build", "agrees"):
         table.add_column(column, justify="left" if column == "form" else "right")
     for row in rows:
-        table.add_row(
-            row.name,
-            "" if row is eager else f"{row.error(eager):.1e}",
-            f"{row.tokens_per_second:.0f}",
-            "" if row.size is None else f"{row.size / 1e6:.1f} MB",
-            "" if row.build_seconds is None else f"{row.build_seconds:.0f} s",
-            "" if row is eager else "yes" if row.agrees(eager) else "NO",
-        )
+        size = "" if row.size is None else f"{row.size / 1e6:.1f} MB"
+        built = "" if row.build_seconds is None else f"{row.build_seconds:.0f} s"
+        if isinstance(row, Built):
+            table.add_row(row.name, "not run", "", size, built, "")
+            continue
+        error, agrees = ("", "") if row is eager else (f"{row.error(eager):.1e}", "yes" if row.agrees(eager) else "NO")
+        table.add_row(row.name, error, f"{row.tokens_per_second:.0f}", size, built, agrees)
     console.print(table)
-    if not all(row.agrees(eager) for row in rows):
+    if not all(row.agrees(eager) for row in rows if not isinstance(row, Built)):
         raise typer.Exit(1)
 
 
@@ -80,15 +84,28 @@ def demo(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and model.safetensors.")],
     out: Annotated[Path, typer.Argument(help="Artifact folder: new, or an artifact to replace.")],
-    backend: Annotated[list[str] | None, typer.Option(help="aoti or onnx; repeat for both (the default).")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="aoti, onnx or tensorrt; repeat for more. Default: aoti and onnx.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Device that aoti compiles for: auto, cpu or cuda.")] = "auto",
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(help="GPU that tensorrt builds for, such as 8.9; repeat for more. Default: 8.6, 8.9, 12.0, 12.1."),
+    ] = None,
+    longest_prompt: Annotated[int | None, typer.Option(min=1, help="Most tokens of one prefill of tensorrt.")] = None,
+    mixed: Annotated[bool, typer.Option(help="tensorrt: float16 products in the solve.")] = False,
 ) -> None:
     """Turn a checkpoint into an artifact that runs without the model's Python code."""
-    from .export import BACKENDS, save_artifact
+    from .export import DEFAULT_BACKENDS, save_artifact
     from .model import ByteLM
 
+    engines: dict[str, Any] = {} if compute_capability is None else {"compute_capabilities": compute_capability}
+    if longest_prompt is not None:
+        engines["lengths"] = (1, min(128, longest_prompt), longest_prompt)
+    if mixed:
+        engines["mixed"] = True
     model = ByteLM.load(checkpoint, _device(device)).eval()
-    manifest = save_artifact(model, out, tuple(backend or BACKENDS), lambda what: console.print(f"… {what}", highlight=False))
+    manifest = save_artifact(model, out, tuple(backend or DEFAULT_BACKENDS), _say, engines or None)
     for name, entry in manifest["backends"].items():
         files = ", ".join(f"{file} ({manifest['files'][file]['bytes'] / 1e6:.1f} MB)" for file in entry["programs"].values())
         console.print(f"{name}: {files}, built in {entry['seconds']:.0f} s", highlight=False)
@@ -99,7 +116,8 @@ def run(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder, as gka-compile export or demo writes it.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "import ",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Bytes to generate.")] = 200,
-    backend: Annotated[str, typer.Option(help="aoti or onnx.")] = "aoti",
+    backend: Annotated[str, typer.Option(help="aoti, onnx or tensorrt.")] = "aoti",
+    provider: Annotated[str | None, typer.Option(help="Of ONNX Runtime, such as CUDAExecutionProvider.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
 ) -> None:
@@ -110,7 +128,7 @@ def run(
 
     if not prompt:
         raise ValueError("--prompt: expected at least one byte, got none")
-    runner = Runner.load(artifact, backend)
+    runner = Runner.load(artifact, backend, provider=provider)
     generator = torch.Generator(runner.device).manual_seed(seed)
     tokens = torch.tensor([list(prompt.encode())])
     new = runner.generate(tokens, max_new_tokens, temperature=temperature, generator=generator)
@@ -136,7 +154,9 @@ def info(artifact: Annotated[Path | None, typer.Argument(help="An artifact to de
         ("onnxscript", "ONNX export"),
         ("onnxruntime", "backend onnx"),
         ("onnxruntime-gpu", "backend onnx on a GPU"),
-        ("tensorrt-rtx", "TensorRT for RTX"),
+        ("onnxruntime-ep-nv-tensorrt-rtx", "TensorRT-RTX inside ONNX Runtime"),
+        ("tensorrt-rtx", "backend tensorrt"),
+        ("tensorrt", "backend tensorrt"),
         ("torch-tensorrt", "TensorRT inside torch"),
         ("transformers", "Hugging Face checkpoints"),
     ):

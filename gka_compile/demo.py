@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .export import BACKENDS, save_artifact
+from .export import DEFAULT_BACKENDS, save_artifact
+from .export.driver import Driver, DriverError
 from .model import ByteLM, ModelConfig
 
-__all__ = ["CONFIG", "PROMPT", "TOLERANCE", "Row", "compare", "corpus", "train"]
+__all__ = ["CONFIG", "PROMPT", "TOLERANCE", "Built", "Row", "compare", "corpus", "train"]
 
 CONFIG = ModelConfig(hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32, max_length=1024)
 PROMPT = b'import os\n\n\ndef main(path):\n    """Return '
@@ -102,11 +104,22 @@ class Row:
         return torch.equal(self.tokens, other.tokens) and self.error(other) <= TOLERANCE
 
 
+@dataclass
+class Built:
+    """A form that was built, for machines other than this one."""
+
+    name: str
+    size: int
+    build_seconds: float
+
+
 Advance = Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
 
 def _run(name: str, model: ByteLM, prompt: Tensor, count: int, prefill: Advance, step: Advance, forced: Tensor | None) -> Row:
     """A form of the model that lives in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a step has little work to share, and threads that wait for each other take long on a busy machine
     start = time.perf_counter()
     model.generate(prompt, 2, prefill=prefill, step=step)  # compiles, where there is something to compile
     built = time.perf_counter() - start
@@ -120,37 +133,41 @@ def _run(name: str, model: ByteLM, prompt: Tensor, count: int, prefill: Advance,
         for i in range(count - 1):
             found, state = step(path[:, i], state)
             logits.append(found)
+    torch.set_num_threads(threads)
     build_seconds = None if forced is None else built
     return Row(name, tokens.cpu(), torch.cat(logits).cpu(), count / seconds, None, build_seconds)
 
 
-def compare(model: ByteLM, folder: Path, count: int, say: Callable[[str], None]) -> list[Row]:
-    """Generate ``count`` bytes from the eager model, the compiled one, and each backend of an artifact written to ``folder``."""
+def compare(model: ByteLM, folder: Path, count: int, say: Callable[[str], None]) -> tuple[Row, list[Row | Built]]:
+    """Generate ``count`` bytes from the eager model; then from the compiled one and each backend of an artifact in ``folder``."""
     device = model.embed_tokens.weight.device
     prompt = torch.tensor([list(PROMPT)], device=device)
     say("eager")
     eager = _run("eager", model, prompt, count, model.prefill, model.step, None)
     say("compiled")
     prefill, step = (torch.compile(f, fullgraph=True, dynamic=True) for f in (model.prefill, model.step))
-    rows = [eager, _run("torch.compile", model, prompt, count, prefill, step, eager.tokens.to(device))]
-    manifest = save_artifact(model, folder, progress=say)
+    others: list[Row | Built] = [_run("torch.compile", model, prompt, count, prefill, step, eager.tokens.to(device))]
+    engines = ("tensorrt",) if importlib.util.find_spec("tensorrt_rtx") else ()
+    manifest = save_artifact(model, folder, (*DEFAULT_BACKENDS, *engines), progress=say)
     with tempfile.TemporaryDirectory() as temporary:
         given = Path(temporary) / "given.npz"
         np.savez(given, prompt=prompt.cpu().numpy(), continuation=eager.tokens.numpy())
-        for backend in BACKENDS:
+        for backend, entry in manifest["backends"].items():
+            size = sum(manifest["files"][file]["bytes"] for file in entry["programs"].values())
+            if backend == "tensorrt" and (gpus := entry["compute_capabilities"]) and not _gpu_among(gpus):
+                others.append(Built(f"tensorrt-rtx, for GPUs {', '.join(gpus)}", size, entry["seconds"]))
+                continue
             say(f"{backend} run, in a process without the model's code")
             told = Path(temporary) / f"{backend}.npz"
             subprocess.run([sys.executable, "-m", "gka_compile._replay", folder, backend, given, told], check=True)
             found = np.load(told)
-            size = sum(manifest["files"][file]["bytes"] for file in manifest["backends"][backend]["programs"].values())
-            rows.append(
-                Row(
-                    backend,
-                    torch.from_numpy(found["tokens"]),
-                    torch.from_numpy(found["logits"]),
-                    count / float(found["seconds"]),
-                    size,
-                    manifest["backends"][backend]["seconds"],
-                )
-            )
-    return rows
+            tokens, logits = (torch.from_numpy(found[name]) for name in ("tokens", "logits"))
+            others.append(Row(backend, tokens, logits, count / float(found["seconds"]), size, entry["seconds"]))
+    return eager, others
+
+
+def _gpu_among(compute_capabilities: Sequence[str]) -> bool:
+    try:
+        return Driver().capability in compute_capabilities
+    except DriverError:
+        return False

@@ -54,7 +54,7 @@ def test_info_names_versions() -> None:
     ("arguments", "message"),
     [
         (["run", "nowhere"], "nowhere: expected an artifact, got no manifest.json there"),
-        (["run", "nowhere", "--backend", "tensorrt"], "backend: expected one of aoti, onnx, got 'tensorrt'"),
+        (["run", "nowhere", "--backend", "openvino"], "backend: expected one of aoti, onnx, tensorrt, got 'openvino'"),
         (["run", "nowhere", "--prompt", ""], "--prompt: expected at least one byte, got none"),
         (["export", "nowhere", "out"], "folder: expected a file nowhere/config.json, got none"),
         (["demo", "--device", "tpu"], "--device: expected auto, cpu or cuda, got 'tpu'"),
@@ -92,10 +92,12 @@ def test_demo_exits_1_where_a_form_disagrees(
     shift: float, token: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits, tokens = torch.zeros(2, 256), torch.tensor([[104, 7]])
-    rows = [row("eager", logits, tokens), row("other", logits + shift, torch.tensor([[104, token]]))]
+    rows = [row("eager", logits, tokens), row("other", logits + shift, torch.tensor([[104, token]])), demo.Built("third", 1, 1.0)]
     monkeypatch.setattr(demo, "train", lambda *_: (ByteLM(TINY), 1.0))
-    monkeypatch.setattr(demo, "compare", lambda *_: rows)
-    assert CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--device", "cpu"]).exit_code == code
+    monkeypatch.setattr(demo, "compare", lambda *_: (rows[0], rows[1:]))
+    told = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--device", "cpu"])
+    assert told.exit_code == code
+    assert "not run" in next(line for line in told.output.splitlines() if "third" in line)
 
 
 def test_corpus_is_the_standard_library() -> None:

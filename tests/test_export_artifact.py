@@ -22,7 +22,7 @@ pytest.importorskip("onnxscript")
 
 from gka_compile.export import ArtifactError, Runner, export_program, load_manifest, save_artifact, to_aoti  # noqa: E402
 from gka_compile.export import artifact as artifact_module  # noqa: E402
-from gka_compile.export.runner import _runs  # noqa: E402
+from gka_compile.export.backends import _runs  # noqa: E402
 from gka_compile.export.to_onnx import nodes, present_name  # noqa: E402
 from gka_compile.model import ByteLM, ModelConfig  # noqa: E402
 
@@ -229,8 +229,18 @@ def test_refused_input_leaves_the_state_alone(runner: Runner, model: ByteLM) -> 
 
 
 def test_load_refuses_what_is_not_there(artifact: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="backend: expected one of aoti, onnx, got 'tensorrt'"):
+    with pytest.raises(ValueError, match="backend: expected one of aoti, onnx, tensorrt, got 'openvino'"):
+        Runner.load(artifact, "openvino")
+    with pytest.raises(ArtifactError, match="expected the backend tensorrt, got an artifact with aoti, onnx"):
         Runner.load(artifact, "tensorrt")
+    with pytest.raises(
+        ValueError, match=r"provider: expected None, or for backend onnx one of CPUExecutionProvider, .*, got 'CPU'"
+    ):
+        Runner.load(artifact, "onnx", provider="CPU")
+    with pytest.raises(ValueError, match=r"provider: expected None, or for backend onnx .*, got 'CPUExecutionProvider'"):
+        Runner.load(artifact, "aoti", provider="CPUExecutionProvider")
+    with pytest.raises(ValueError, match="provider: expected one for device cpu, got CUDAExecutionProvider"):
+        Runner.load(artifact, "onnx", device="cpu", provider="CUDAExecutionProvider")
     with pytest.raises(ValueError, match="device: expected cpu, cuda or None, got 'tpu'"):
         Runner.load(artifact, "onnx", device="tpu")
     with pytest.raises(ValueError, match=r"device: expected cpu, which .* was compiled for, got cuda"):
@@ -354,8 +364,8 @@ def test_an_artifact_is_replaced_and_nothing_else(
         with pytest.raises(ArtifactError, match="expected a new folder or an artifact to replace"):
             save_artifact(model, path, ["onnx"])
     assert (other / "step.onnx").exists()
-    for backends in ([], ["onnx", "onnx"], ["tensorrt"], "onnx"):
-        with pytest.raises(ValueError, match="backends: expected some of aoti, onnx, each once"):
+    for backends in ([], ["onnx", "onnx"], ["openvino"], "onnx"):
+        with pytest.raises(ValueError, match="backends: expected some of aoti, onnx, tensorrt, each once"):
             save_artifact(model, tmp_path / "new", backends)
 
 

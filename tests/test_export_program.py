@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from gka_compile.export import export_program
-from gka_compile.export.portable import INDUCTOR, ONNX, Loops, portable
+from gka_compile.export.portable import decompositions, inductor_decompositions, portable
 from gka_compile.export.program import Programs
 from gka_compile.model import ByteLM, ModelConfig
 
 GKA_LAYERS = 2
+TABLES = {"cuda": decompositions(), "cpu": decompositions("cpu"), "inductor": inductor_decompositions()}
 OPS = {"prefill": ("gka.chunk_state.default", "gka.chunk_output.default"), "step": ("gka.step.default",)}
 
 
@@ -25,7 +26,7 @@ def make_model(dtype: torch.dtype = torch.float64, **changes: object) -> ByteLM:
 
 @pytest.fixture(scope="module")
 def model() -> ByteLM:
-    return make_model()
+    return make_model(num_iter=4)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,11 @@ def test_each_op_stays_one_node_until_the_portable_form(programs: Programs) -> N
     for name, program in programs.items():
         found = [t for t in targets(program) if t.startswith("gka.")]
         assert sorted(found) == sorted(OPS[name] * GKA_LAYERS)
-        for loops in (ONNX, INDUCTOR):
-            assert not [t for t in targets(portable(program, loops)) if t.startswith("gka.")]
-    assert targets(portable(programs.prefill, ONNX)).count("scan") == GKA_LAYERS  # H and U in one
-    assert targets(portable(programs.prefill, INDUCTOR)).count("while_loop") == GKA_LAYERS
+        found = {form: targets(portable(program, table)) for form, table in TABLES.items()}
+        assert not [t for form in found.values() for t in form if t.startswith("gka.")]
+        assert found["cpu"].count("scan") == (GKA_LAYERS if name == "prefill" else 0)  # H and U in one
+        assert found["inductor"].count("while_loop") == GKA_LAYERS
+        assert not {"scan", "while_loop", "aten.cumsum.default"} & set(found["cuda"])  # each of them a loop in TensorRT
 
 
 def test_batch_and_length_are_free(programs: Programs) -> None:
@@ -55,14 +57,17 @@ def test_batch_and_length_are_free(programs: Programs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loops", "num_iter"),
-    [(ONNX, 30), (INDUCTOR, 1), (INDUCTOR, 2), (INDUCTOR, 3), (INDUCTOR, 30)],  # even and odd, with and without a turn of the loop
-    ids=["onnx-30", *(f"inductor-{n}" for n in (1, 2, 3, 30))],
+    ("form", "num_iter"),
+    [
+        *(("cuda", n) for n in (1, 3, 4, 30)),  # with and without a second group of the step's terms
+        ("cpu", 30),
+        *(("inductor", n) for n in (1, 2, 3, 30)),  # even and odd, with and without a turn of the loop
+    ],
 )
-def test_portable_form_computes_the_same_in_float64(loops: Loops, num_iter: int) -> None:
+def test_portable_form_computes_the_same_in_float64(form: str, num_iter: int) -> None:
     model = make_model(pattern="GKA", num_iter=num_iter)
     programs = export_program(model)
-    prefill, step = (portable(p, loops).module(check_guards=False) for _, p in programs.items())
+    prefill, step = (portable(p, TABLES[form]).module(check_guards=False) for _, p in programs.items())
     for B, T in ((1, 1), (3, 63), (2, 64), (1, 65), (3, 200)):
         tokens = torch.randint(256, (B, T + 1))
         state = model.init_state(B)
@@ -91,8 +96,9 @@ def test_packed_sequences_and_backward_ops_have_no_portable_form() -> None:
             return torch.ops.gka.chunk_state(k, k, None, None, None, None, None, ends, 2, 64)[3]
 
     program = torch.export.export(Packed(), (torch.randn(1, 6, 2, 8), torch.tensor([0, 2, 6])), strict=False)
-    with pytest.raises(ValueError, match="got packed ones"):
-        portable(program, ONNX)
+    for table in TABLES.values():
+        with pytest.raises(ValueError, match="got packed ones"):
+            portable(program, table)
 
     class InPlace(nn.Module):
         def forward(self, q: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
@@ -100,4 +106,13 @@ def test_packed_sequences_and_backward_ops_have_no_portable_form() -> None:
 
     program = torch.export.export(InPlace(), (torch.randn(2, 2, 8), torch.zeros(2, 2, 8, 8)), strict=False)
     with pytest.raises(ValueError, match=r"expected gka nodes among .*, got gka.step_"):
-        portable(program, ONNX)
+        portable(program, decompositions())
+
+
+def test_decompositions_go_straight_into_run_decompositions(programs: Programs) -> None:
+    found = targets(programs.step.run_decompositions(decompositions()))  # type: ignore[arg-type]
+    assert not [t for t in found if t.startswith("gka.")]
+    with pytest.raises(ValueError, match="device: expected cuda or cpu, got 'tpu'"):
+        decompositions("tpu")
+    with pytest.raises(ValueError, match="mixed: expected device cuda, got cpu"):
+        decompositions("cpu", mixed=True)

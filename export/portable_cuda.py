@@ -1,0 +1,284 @@
+"""The portable form for GPUs: the forward ops in standard ops, where launches count and arithmetic does not.
+
+It computes what the reference computes, arranged as few, large, batched matrix products.
+
+**Chunk states.**  S_c = Σ_{j≤c} exp(Σ_{j≤i<c} L_i) x_j, with x_0 the initial state, x_j what chunk j adds and L_i the log decay of
+chunk i: one masked matrix product over the chunks.  It is quadratic in their number, with so small a factor that it costs less
+than the solve up to 250 000 tokens; a loop would be one short step per chunk, each waiting for the one before.
+
+**Chunk solve.**  Every H_t of a chunk is a sum of matrices of unit norm, H_t = w_t0 P + Σ_j w_tj k̃_j k̃_jᵀ, with P = H_c/‖H_c‖ of
+the chunk's start and k̃_j its unit keys.  The weights are decays times norms, and ‖H_t‖² = w_t N w_tᵀ, N the inner products of those
+matrices.  So H_t y = (w_t ∘ [y | y K̃ᵀ]) [P; K̃], and iterating on the wide ỹ = [y | y K̃ᵀ] makes that *one* product for all tokens
+of all chunks, ỹ ← (w ∘ ỹ) M with M = [P; K̃] [I | K̃ᵀ], and an element-wise rest that runtimes fuse.  All operands are O(1)
+whatever the size of keys and states, so float16 products are safe.  It rounds no worse: y K̃ᵀ is carried along, not formed by
+cancellation.
+
+**Step.**  There H is one matrix for one right-hand side, and T_2m = 2 T_m² − 1 turns thirty dependent products into twelve:
+Σ_n c_n T_n(−Z) q = Σ_g T_g(T_4(−Z)) r_g, each r_g a combination of T_0 q .. T_3 q.  −Z = I − Y, Y = 2H/φ, and its powers are held
+as I − T_m, which keeps the digits of small eigenvalues.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gka_compile.custom_ops.polynomial import chebyshev_coefficients
+from gka_compile.custom_ops.reference import TINY, compute_dtype, load_states, storage_dtype, store_states
+
+__all__ = ["chunk_output", "chunk_state", "decays_between", "step"]
+
+STEP_DEGREE = 4  # a power of two: the step's solve proceeds in T_STEP_DEGREE(−Z)
+
+
+# --- the polynomial ----------------------------------------------------------------------------------------------------------
+
+
+def _coefficients(ridge_ratio: float, num_iter: int) -> list[float]:
+    """Of φx = Σ_n c_n T_n(−Z) q: without the signs that alternate in Z, all are positive."""
+    return [abs(c) for c in chebyshev_coefficients(ridge_ratio, num_iter)]
+
+
+def _clenshaw(product: Callable[[Tensor], Tensor], terms: Sequence[Tensor]) -> Tensor:
+    """Σ_n T_n(I − Y) r_n of the terms r_0, r_1, ..., where product(x) is 2 Y x.
+
+    Clenshaw's recurrence in differences (Reinsch): it keeps the digits of small eigenvalues of Y, and it is the shortest.
+    """
+    first, *rest = terms
+    if not rest:
+        return first
+    b = d = rest.pop()
+    for r in reversed(rest):
+        d = d + r - product(b)
+        b = b + d
+    return first + d - product(b) / 2
+
+
+def _grouped(c: list[float], m: int) -> list[list[float]]:
+    """d with Σ_n c_n T_n(z) = Σ_g T_g(T_m(z)) Σ_{j<m} d_gj T_j(z), from 2 T_gm T_j = T_{gm+j} + T_{gm−j}."""
+    rows = math.ceil(len(c) / m)
+    c = c + [0.0] * (rows * m - len(c))
+    d = [[0.0] * m for _ in range(rows + 1)]
+    for g in reversed(range(rows)):
+        d[g][0] = c[g * m]
+        for j in range(1, m):
+            d[g][j] = (2 if g else 1) * (c[g * m + j] - d[g + 1][m - j] / 2)
+    return d[:rows]
+
+
+# --- chunks ------------------------------------------------------------------------------------------------------------------
+
+
+def _reciprocal(x: Tensor) -> Tensor:
+    """1/x, and 0 where x is (as good as) zero."""
+    return torch.where(x < TINY, 0.0, 1.0 / x.clamp(min=TINY))
+
+
+def _norm(x: Tensor, *dims: int) -> Tensor:
+    return x.square().sum(dims, keepdim=True).sqrt()
+
+
+def _split(x: Tensor, chunk_size: int) -> Tensor:
+    """[B, T, H, ...] to chunks [B, H, n, C, ...]; rows past the end are zero."""
+    T = x.shape[1]
+    n = (T + chunk_size - 1) // chunk_size
+    x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, n * chunk_size - T))
+    return x.reshape(x.shape[0], n, chunk_size, *x.shape[2:]).movedim(3, 1)
+
+
+def _join(x: Tensor, B: int, H: int, T: int) -> Tensor:
+    """The inverse of :func:`_split` for flat chunks [B·H·n, C, ...]."""
+    return x.unflatten(0, (B, H, -1)).movedim(1, 3).flatten(1, 2)[:, :T]
+
+
+def _expand(x: Tensor, beta: Tensor | None, num_heads: int) -> Tensor:
+    """k or v in chunks [B, Hk, n, C, X], times beta [B, H, n, C], for each of H heads: [B, H, n, C, X]."""
+    Hk = x.shape[1]
+    if Hk == num_heads:
+        return x if beta is None else x * beta.unsqueeze(-1)
+    if beta is None:
+        return x.unsqueeze(2).expand(-1, -1, num_heads // Hk, -1, -1, -1).flatten(1, 2)
+    return (x.unsqueeze(2) * beta.unflatten(1, (Hk, num_heads // Hk)).unsqueeze(-1)).flatten(1, 2)
+
+
+def _running(g: Tensor | None, k: Tensor) -> Tensor:
+    """The running log decay of each chunk, shaped as k [..., C, X] without X; as a product, for a cumsum may be run as a loop."""
+    if g is None:
+        return torch.zeros_like(k[..., 0])
+    C = k.shape[-2]
+    total = _split(g.to(k.dtype), C) @ torch.ones(C, C, dtype=k.dtype, device=k.device).triu()
+    return total.reshape(k.shape[:-1])
+
+
+def decays_between(total: Tensor) -> Tensor:
+    """exp(Σ_{j≤i<c} L_i) [..., n + 1, n + 1] at row c and column j ≤ c, else 0, of the chunks' log decays L [..., n].
+
+    Every sum by itself: differences of running sums would lose digits in long sequences.
+    """
+    i = torch.arange(total.shape[-1] + 1, device=total.device)
+    before = (i[:-1] < i.unsqueeze(-1)).to(total.dtype)
+    return _masked_exp((before * total.unsqueeze(-2)) @ (i[:-1].unsqueeze(-1) >= i).to(total.dtype))
+
+
+def _masked_exp(x: Tensor) -> Tensor:
+    """exp(x_tj) for j ≤ t, else 0."""
+    t, j = (torch.arange(n, device=x.device) for n in x.shape[-2:])
+    return x.masked_fill(j > t.unsqueeze(-1), float("-inf")).exp()
+
+
+def chunk_state(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    beta: Tensor | None,
+    h0: Tensor | None,
+    u0: Tensor | None,
+    cu_seqlens: None,
+    num_heads: int,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    """``ops.chunk_state``."""
+    dtype = compute_dtype(k)
+    bc = None if beta is None else _split(beta.to(dtype), chunk_size)
+    kc, vc = (_expand(_split(x.to(dtype), chunk_size), bc, num_heads) for x in (k, v))
+
+    def states(decay: Tensor | None, x: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        c = _running(decay, kc)
+        end = c[..., -1:]
+        added = (kc * (end - c).exp().unsqueeze(-1)).transpose(-1, -2) @ x
+        first = torch.zeros_like(added[:, :, :1]) if initial is None else initial.to(dtype).unsqueeze(2)
+        terms = torch.cat([first, added], 2)  # [B, H, n + 1, K, X]
+        result = (decays_between(end.squeeze(-1)) @ terms.flatten(3)).unflatten(3, terms.shape[3:])
+        return result[:, :, :-1].transpose(1, 2).flatten(0, 1), result[:, :, -1]
+
+    (h_chunks, h_out), (u_chunks, u_out) = states(gk, kc, h0), states(g, vc, u0)
+    return *store_states(h_chunks, u_chunks, storage_dtype(k)), h_out, u_out
+
+
+def chunk_output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    h0: Tensor | None,
+    u0: Tensor | None,
+    h_chunks: Tensor,
+    u_chunks: Tensor,
+    state_scales: Tensor,
+    cu_seqlens: None,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+    chunk_size: int,
+    *,
+    mixed: bool,
+) -> tuple[Tensor, ...]:
+    """``ops.chunk_output``."""
+    (B, T, H, K), dtype = q.shape, compute_dtype(q)
+    bc = None if beta is None else _split(beta.to(dtype), chunk_size)
+    # from here on one batch of chunks [B·H·n, C, ...]
+    kc, vc = (_expand(_split(x.to(dtype), chunk_size), bc, H).flatten(0, 2) for x in (k, v))
+    qc = _split(q.to(dtype), chunk_size).flatten(0, 2)
+    h, u = (x.unflatten(0, (B, -1)).transpose(1, 2).flatten(0, 2) for x in load_states(h_chunks, u_chunks, state_scales))
+
+    size, length, q_length = _norm(h, -1, -2), _norm(kc, -1), _norm(qc, -1)
+    unit = kc * _reciprocal(length)
+    unit_t = unit.transpose(-1, -2)
+    start = h * _reciprocal(size)
+
+    def extended(y: Tensor) -> Tensor:
+        return torch.cat([y, y @ unit_t], -1)
+
+    m = extended(torch.cat([start, unit], -2))
+    cross = (unit_t * m[:, :K, K:]).sum(-2).unsqueeze(-1)  # k̃_jᵀ P k̃_j
+    gram = m[:, K:, K:].square()
+
+    def decays(g: Tensor | None) -> tuple[Tensor, Tensor]:
+        """γ_t [.., C, 1] and D_tj [.., C, C]."""
+        c = _running(g, kc)
+        return c.exp().unsqueeze(-1), _masked_exp(c.unsqueeze(-1) - c.unsqueeze(-2))
+
+    def joined(first: Tensor, others: Tensor) -> Tensor:
+        """Weights of what stands in [P; K̃] or [U; V]: [.., C, K + C]."""
+        return torch.cat([first.expand(-1, -1, K), others], -1)
+
+    gamma_h, decay_h = decays(gk)
+    gamma_u, decay_u = (gamma_h, decay_h) if g is gk else decays(g)
+    w0, w = gamma_h * size, decay_h * length.square().transpose(-1, -2)
+    square = w0.square() + 2 * w0 * (w @ cross) + ((w @ gram) * w).sum(-1, keepdim=True)
+    phi = square.clamp(min=0).sqrt()
+    inverse = _reciprocal(phi)
+    gain, right = joined(w0, w) * (4 * inverse), m.half() if mixed else m
+
+    def product(y: Tensor) -> Tensor:
+        """[4H_t/φ_t y_t | the same K̃ᵀ] for every row t."""
+        return ((gain * y).to(right.dtype) @ right).to(dtype)
+
+    y = extended(qc * _reciprocal(q_length))
+    x = _clenshaw(product, [c * y for c in _coefficients(ridge_ratio, num_iter)])
+    x_scale = q_length * inverse
+    read = x * x_scale
+    if alpha is not None:
+        ac = _split(alpha.to(dtype), chunk_size).flatten(0, 2).unsqueeze(-1)
+        read = ac * read + (1 - ac) * q_length * y
+    o = scale * ((joined(gamma_u, decay_u) * read) @ torch.cat([u, length * vc], -2))
+    return (
+        _join(o, B, H, T).to(q.dtype),
+        _join(x[..., :K], B, H, T).to(storage_dtype(q)),
+        _join(x_scale.squeeze(-1), B, H, T),
+        _join(phi.squeeze(-1), B, H, T),
+    )
+
+
+# --- step --------------------------------------------------------------------------------------------------------------------
+
+
+def _solve_step(y: Tensor, q: Tensor, ridge_ratio: float, num_iter: int) -> Tensor:
+    """φx of one token per head, q [B, H, 1, K], y = 2H/φ [B, H, K, K]."""
+    basis = [q]  # T_j(−Z) q
+    while len(basis) < STEP_DEGREE:
+        moved = basis[-1] - basis[-1] @ y
+        basis.append(moved if len(basis) == 1 else 2 * moved - basis[-2])
+    for _ in range(STEP_DEGREE.bit_length() - 1):  # I − T_m(−Z) to I − T_2m(−Z)
+        y = 4 * y - 2 * (y @ y)
+    rows = _grouped(_coefficients(ridge_ratio, num_iter), STEP_DEGREE)
+    terms = [sum((c * t for c, t in zip(row[1:], basis[1:], strict=True)), row[0] * q) for row in rows]
+    y = 2 * y
+    return _clenshaw(lambda b: b @ y, terms)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    h: Tensor,
+    u: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+) -> tuple[Tensor, ...]:
+    """``ops.step``."""
+    dtype, H = compute_dtype(q), q.shape[1]
+    # a chunk of one token: rows [B, H, 1, X]
+    b = None if beta is None else beta.to(dtype)[..., None, None]
+    kr, vr = (_expand(x.to(dtype)[:, :, None, None], b, H).squeeze(2) for x in (k, v))
+    qr = q.to(dtype).unsqueeze(2)
+    column = kr.transpose(-1, -2)
+    h = (h if gk is None else h * gk.to(dtype).exp()[..., None, None]) + column * kr
+    u = (u if g is None else u * g.to(dtype).exp()[..., None, None]) + column * vr
+    inverse = _reciprocal(_norm(h, -1, -2))
+    x = _solve_step(2 * inverse * h, qr, ridge_ratio, num_iter) * inverse
+    m = x if alpha is None else qr + alpha.to(dtype)[..., None, None] * (x - qr)
+    return (scale * (m @ u)).squeeze(2).to(q.dtype), h, u
