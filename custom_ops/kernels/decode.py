@@ -34,8 +34,8 @@ def step_kernel(
     o_ptr,  # [B, H, V]
     h_out_ptr,  # [B, H, K, K], may be h_ptr
     u_out_ptr,  # [B, H, K, V], may be u_ptr
-    H,
-    Hk,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
     SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -126,7 +126,9 @@ def launch_step(
     (B, H, K), (Hk, V) = q.shape, v.shape[1:]
     with on_device(q):
         wrap_triton(step_kernel)[(B * H,)](
-            *(q, k, v, h, u, *present(q, g, gk, alpha, beta), *out, H, Hk),
+            *(q, k, v, h, u, *present(q, g, gk, alpha, beta), *out),
+            H=H,
+            Hk=Hk,
             SCALE=scale,
             K=K,
             V=V,

@@ -23,8 +23,10 @@ from .tile import (
     load_block,
     load_row_block,
     load_rows,
+    load_rows_of_state,
     load_scalars,
     load_state,
+    load_tile,
     outer_sum,
     packed_rows,
     power_of_two,
@@ -33,7 +35,6 @@ from .tile import (
     readout,
     reciprocal,
     store_row_block,
-    store_rows,
     store_scalars,
     store_state,
     unit_rows,
@@ -41,7 +42,7 @@ from .tile import (
     weighted_product,
 )
 
-__all__ = ["chunk_grads_h_kernel", "chunk_grads_u_kernel", "chunk_state_bwd_kernel", "launch_chunk_grads", "launch_chunk_state_bwd"]
+__all__ = ["chunk_grads_kernel", "chunk_state_bwd_kernel", "launch_chunk_grads", "launch_chunk_state_bwd"]
 
 
 @triton.jit
@@ -69,8 +70,8 @@ def chunk_state_bwd_kernel(
     dh0_ptr,  # [N, H, K, K]
     du0_ptr,  # [N, H, K, V]
     T,
-    H,
-    Hk,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
     SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -214,7 +215,9 @@ def launch_chunk_state_bwd(
         wrap_triton(chunk_state_bwd_kernel)[grid](
             *(k, *present(k, g, gk, beta), *compact(h_chunks, state_scales)),
             *present(k, do, q, alpha, *compact(x, x_scale, y, y_scale, eta), dh_out, du_out, cu),
-            *(*out, T, H, Hk),
+            *(*out, T),
+            H=H,
+            Hk=Hk,
             SCALE=scale,
             K=K,
             V=V,
@@ -242,13 +245,210 @@ def reverse_sum(dc, C: tl.constexpr):
 
 
 @triton.jit
-def chunk_grads_u_kernel(
+def key_block(
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    gk_ptr,
+    beta_ptr,
+    h_chunks_ptr,
+    u_chunks_ptr,
+    scales_ptr,
+    dh_chunks_ptr,
+    du_chunks_ptr,
+    dscales_ptr,
+    do_ptr,
+    q_ptr,
+    alpha_ptr,
+    x_ptr,
+    x_scale_ptr,
+    y_ptr,
+    y_scale_ptr,
+    eta_ptr,
+    mdm_ptr,
+    dg_ptr,
+    dgk_ptr,
+    dbeta_ptr,
+    slot,
+    first,
+    end,
+    head,
+    kv_head,
+    first_column,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    BE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_G: tl.constexpr,
+    HAS_GK: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+):
+    """One head's part of columns first_column … + BE of dk [C, BE]; stores what these columns add to dg, dgk and dbeta."""
+    matrix = slot.to(tl.int64) * H + head
+    k = load_tile(k_ptr, first, end, Hk, kv_head, 0, K, C, BK)
+    v = load_tile(v_ptr, first, end, Hk, kv_head, 0, V, C, BV)
+    if HAS_OUTPUT:
+        do = load_tile(do_ptr, first, end, H, head, 0, V, C, BV)
+    d = load_rows_of_state(du_chunks_ptr, matrix, first_column, K, V, BE, BV)
+    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+    c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
+    total = last(c, C)
+    k_unit = unit_scale(tl.max(tl.abs(k.to(tl.float32)), 1))
+    key_scale = k_unit * beta
+
+    # through U
+    v, v_unit = unit_rows(v.to(tl.float32))
+    v = v.to(OPERAND)
+    value_scale = v_unit * beta
+    dk = tl.zeros((C, BE), tl.float32)
+    if HAS_OUTPUT:
+        do, do_scale = unit_rows(do.to(tl.float32))
+        cross = product(v, tl.trans(do.to(OPERAND)), OPERAND)
+        q_block = load_row_block(q_ptr, first, end, H, head, first_column, K, C, BE)
+        x_block = load_row_block(x_ptr, first, end, H, head, first_column, K, C, BE)
+        m, m_scale = unit_rows(readout(q_block, x_block, x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA))
+        nu = decay_mask_transposed(c, C) * (SCALE * m_scale * do_scale)[None, :] * value_scale[:, None]
+        dk += weighted_product(cross, nu, m, OPERAND)
+    d_scale = tl.load(dscales_ptr + matrix * 2 + 1)
+    at_end = product(v, tl.trans(d), OPERAND) * (d_scale * tl.exp(total - c) * value_scale)[:, None]
+    dk += at_end
+    k_block = load_row_block(k_ptr, first, end, Hk, kv_head, first_column, K, C, BE) * reciprocal(k_unit)[:, None]
+    dk_k = tl.sum(dk * k_block, 1)
+    if HAS_G:
+        u = load_rows_of_state(u_chunks_ptr, matrix, first_column, K, V, BE, BV)
+        u_scale = tl.load(scales_ptr + matrix * 2 + 1)
+        end_product = tl.exp(total) * d_scale * u_scale * inner_product(d, u)
+        end_product += tl.sum(tl.sum(at_end * k_block, 1) * key_scale, 0)
+        dc = -dk_k * key_scale
+        if HAS_OUTPUT:
+            dc += tl.where(first_column == 0, load_scalars(mdm_ptr, first, end, H, head, 0.0, C, True), 0.0)
+        store_scalars(dg_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
+
+    # through H, with rows loaded again: they do not fit the registers beside the above
+    k = (load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK) * reciprocal(k_unit)[:, None]).to(OPERAND)
+    k_block = load_row_block(k_ptr, first, end, Hk, kv_head, first_column, K, C, BE) * reciprocal(k_unit)[:, None]
+    c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
+    total = last(c, C)
+    d = load_block(dh_chunks_ptr, matrix, first_column, K, K, BK, BE)
+    d_scale = tl.load(dscales_ptr + matrix * 2)
+    h_scale = tl.load(scales_ptr + matrix * 2)
+    dk_h = product(k, d, OPERAND) * (2.0 * d_scale * key_scale * tl.exp(total - c))[:, None]
+    if HAS_OUTPUT or HAS_GK:
+        h = load_block(h_chunks_ptr, matrix, first_column, K, K, BK, BE)
+    if HAS_GK:
+        end_product = tl.exp(total) * d_scale * h_scale * inner_product(d, h)
+        end_product += 0.5 * tl.sum(tl.sum(dk_h * k_block, 1) * key_scale, 0)
+    if HAS_OUTPUT:
+        x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
+        y_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
+        eta = load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
+        mask = decay_mask(c, C)
+        mask_t = decay_mask_transposed(c, C)
+        e = 2.0 * h_scale * key_scale * tl.sum(mask * (tl.exp(c) * eta)[:, None], 0)
+        dk_h -= product(k, h, OPERAND) * e[:, None]
+        # Σ_t D_tj η_t D_tl: what is common to j and l begins at the later of them
+        later = tl.sum(mask * mask * eta[:, None], 0)
+        row = tl.arange(0, C)
+        ridge = tl.where(row[:, None] <= row[None, :], mask_t * later[None, :], mask * later[:, None])
+        ridge *= 2.0 * key_scale[:, None] * (key_scale * key_scale)[None, :]
+        sigma = mask_t * (x_scale * y_scale)[None, :] * key_scale[:, None]
+        s = power_of_two(tl.max(tl.maximum(tl.abs(ridge), tl.abs(sigma)), 1))
+        inverse = (1.0 / s)[:, None]
+        inside = product(product(k, tl.trans(k), OPERAND) * (ridge * inverse), k_block, OPERAND)
+        y_block = load_row_block(y_ptr, first, end, H, head, first_column, K, C, BE)
+        x = load_rows(x_ptr, first, end, H, head, K, C, BK)
+        inside = product_into(product(k, tl.trans(x), OPERAND) * (sigma * inverse), y_block, inside, OPERAND)
+        x_block = load_row_block(x_ptr, first, end, H, head, first_column, K, C, BE)
+        y = load_rows(y_ptr, first, end, H, head, K, C, BK)
+        inside = product_into(product(k, tl.trans(y), OPERAND) * (sigma * inverse), x_block, inside, OPERAND)
+        dk_h -= inside * s[:, None]
+    dk_k_h = tl.sum(dk_h * k_block, 1)
+    if HAS_GK:
+        dc = -0.5 * dk_k_h * key_scale
+        if HAS_OUTPUT:
+            q_block = load_row_block(q_ptr, first, end, H, head, first_column, K, C, BE)
+            dc -= tl.sum(y_block * q_block, 1) * y_scale
+        store_scalars(dgk_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
+    if HAS_BETA:
+        store_scalars(dbeta_ptr, (dk_k + dk_k_h) * k_unit, first, end, H, head, C)
+    return (dk + dk_h) * beta[:, None]
+
+
+@triton.jit
+def value_block(
+    k_ptr,
+    v_ptr,
+    g_ptr,
+    beta_ptr,
+    du_chunks_ptr,
+    dscales_ptr,
+    do_ptr,
+    q_ptr,
+    alpha_ptr,
+    x_ptr,
+    x_scale_ptr,
+    dbeta_ptr,
+    slot,
+    first,
+    end,
+    head,
+    kv_head,
+    first_column,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_G: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+):
+    """One head's part of columns first_column … + BE of dv [C, BE]; stores what these columns add to dbeta."""
+    matrix = slot.to(tl.int64) * H + head
+    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+    k, k_unit = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
+    key_scale = k_unit * beta
+    c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
+    d = load_block(du_chunks_ptr, matrix, first_column, K, V, BK, BE)
+    d_scale = tl.load(dscales_ptr + matrix * 2 + 1)
+    dv = product(k, d, OPERAND) * (d_scale * tl.exp(last(c, C) - c) * key_scale)[:, None]
+    if HAS_OUTPUT:
+        q = load_rows(q_ptr, first, end, H, head, K, C, BK)
+        x = load_rows(x_ptr, first, end, H, head, K, C, BK)
+        m, m_scale = unit_rows(readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA))
+        do, do_scale = unit_rows(load_row_block(do_ptr, first, end, H, head, first_column, V, C, BE))
+        nu = decay_mask_transposed(c, C) * (SCALE * m_scale * do_scale)[None, :] * key_scale[:, None]
+        dv += weighted_product(product(k, tl.trans(m), OPERAND), nu, do, OPERAND)
+    if HAS_BETA:
+        v = load_row_block(v_ptr, first, end, Hk, kv_head, first_column, V, C, BE)
+        store_scalars(dbeta_ptr, tl.sum(dv * v, 1), first, end, H, head, C)
+    return dv * beta[:, None]
+
+
+@triton.jit
+def chunk_grads_kernel(
     k_ptr,  # [rows, Hk, K]
     v_ptr,  # [rows, Hk, V]
     g_ptr,  # [rows, H]
+    gk_ptr,  # [rows, H]
     beta_ptr,  # [rows, H]
+    h_chunks_ptr,  # [S, H, K, K]
     u_chunks_ptr,  # [S, H, K, V]
     scales_ptr,  # [S, H, 2]
+    dh_chunks_ptr,  # [S, H, K, K]
     du_chunks_ptr,  # [S, H, K, V]
     dscales_ptr,  # [S, H, 2]
     do_ptr,  # [rows, H, V]
@@ -256,207 +456,139 @@ def chunk_grads_u_kernel(
     alpha_ptr,  # [rows, H]
     x_ptr,  # [rows, H, K]
     x_scale_ptr,  # [rows, H]
+    y_ptr,  # [rows, H, K]
+    y_scale_ptr,  # [rows, H]
+    eta_ptr,  # [rows, H]
     mdm_ptr,  # [rows, H]
     cu_ptr,  # [N + 1]
-    part_ptr,  # [rows, Hk, K]: the part of dk through U, stored
-    part_scale_ptr,  # [rows, Hk]
+    dk_ptr,  # [rows, Hk, K]
     dv_ptr,  # [rows, Hk, V]
-    dg_ptr,  # [rows, H]
-    dbeta_ptr,  # [rows, H]: its part through U
+    dg_ptr,  # [key blocks, rows, H]: of each block of columns
+    dgk_ptr,  # [key blocks, rows, H]
+    dbeta_ptr,  # [key blocks + value blocks, rows, H]
     N,
     T,
-    H,
-    Hk,
+    rows,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
     SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    BE: tl.constexpr,
     OPERAND: tl.constexpr,
     HAS_G: tl.constexpr,
+    HAS_GK: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     HAS_BETA: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Grid (slots, key/value heads): one program adds up the heads that share a key."""
-    slot = tl.program_id(0)
+    """Grid (slots · column blocks of dk, then of dv; key/value heads): one program adds up the heads that share a key.
+
+    Blocks of one slot are neighbours in the grid: what they all read comes from the L2 cache.
+    """
+    key_blocks: tl.constexpr = (K + BE - 1) // BE
+    blocks: tl.constexpr = key_blocks + (V + BE - 1) // BE
+    slot = tl.program_id(0) // blocks
+    block_id = tl.program_id(0) % blocks
     kv_head = tl.program_id(1)
     if PACKED:
         first, end = packed_rows(slot, cu_ptr, N, C)
     else:
         first, end = dense_rows(slot, T, C)
     groups = H // Hk
-    dk_sum = tl.zeros((C, BK), tl.float32)
-    dv_sum = tl.zeros((C, BV), tl.float32)
-    for group in range(groups):
-        head = kv_head * groups + group
-        matrix = slot.to(tl.int64) * H + head
-        k, k_unit = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
-        v, v_unit = unit_rows(load_rows(v_ptr, first, end, Hk, kv_head, V, C, BV))
-        beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-        key_scale = k_unit * beta
-        value_scale = v_unit * beta
-        c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
-        total = last(c, C)
-        d, d_scale = load_state(du_chunks_ptr, dscales_ptr, matrix, 1, 0, K, V, BK, BV)
-        tail = d_scale * tl.exp(total - c)
-        dk = product(v, tl.trans(d), OPERAND) * (tail * value_scale)[:, None]
-        end_product = tl.sum(tl.sum(dk * k, 1) * key_scale, 0)
-        if HAS_G:
-            u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
-            inner = inner_product(d, u)
-            end_product += tl.exp(total) * d_scale * u_scale * inner
-        dv = product(k, d, OPERAND) * (tail * key_scale)[:, None]
-        if HAS_OUTPUT:
-            q = load_rows(q_ptr, first, end, H, head, K, C, BK)
-            x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-            m, m_scale = unit_rows(readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA))
-            do, do_scale = unit_rows(load_rows(do_ptr, first, end, H, head, V, C, BV))
-            nu = decay_mask_transposed(c, C) * (SCALE * m_scale * do_scale)[None, :]
-            dk += weighted_product(product(v, tl.trans(do), OPERAND), nu * value_scale[:, None], m, OPERAND)
-            dv += weighted_product(product(k, tl.trans(m), OPERAND), nu * key_scale[:, None], do, OPERAND)
-        dk_k = tl.sum(dk * k, 1)
-        if HAS_G:
-            dc = -dk_k * key_scale
-            if HAS_OUTPUT:
-                dc += load_scalars(mdm_ptr, first, end, H, head, 0.0, C, True)
-            store_scalars(dg_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
-        if HAS_BETA:
-            store_scalars(dbeta_ptr, dk_k * k_unit + tl.sum(dv * v, 1) * v_unit, first, end, H, head, C)
-            dk *= beta[:, None]
-            dv *= beta[:, None]
-        dk_sum += dk
-        dv_sum += dv
-    dk_sum, dk_scale = unit_rows(dk_sum)
-    store_rows(part_ptr, dk_sum, first, end, Hk, kv_head, K, C, BK)
-    store_scalars(part_scale_ptr, dk_scale, first, end, Hk, kv_head, C)
-    store_rows(dv_ptr, dv_sum, first, end, Hk, kv_head, V, C, BV)
-
-
-@triton.jit
-def chunk_grads_h_kernel(
-    k_ptr,  # [rows, Hk, K]
-    gk_ptr,  # [rows, H]
-    beta_ptr,  # [rows, H]
-    h_chunks_ptr,  # [S, H, K, K]
-    scales_ptr,  # [S, H, 2]
-    dh_chunks_ptr,  # [S, H, K, K]
-    dscales_ptr,  # [S, H, 2]
-    q_ptr,  # [rows, H, K]
-    x_ptr,  # [rows, H, K]
-    x_scale_ptr,  # [rows, H]
-    y_ptr,  # [rows, H, K]
-    y_scale_ptr,  # [rows, H]
-    eta_ptr,  # [rows, H]
-    cu_ptr,  # [N + 1]
-    part_ptr,  # [rows, Hk, K]: what chunk_grads_u_kernel left, in the memory of dk
-    part_scale_ptr,  # [rows, Hk]
-    dk_ptr,  # [rows, Hk, K]
-    dgk_ptr,  # [rows, H]
-    dbeta_ptr,  # [rows, H]: its part through U on entry
-    N,
-    T,
-    H,
-    Hk,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    HALVES: tl.constexpr,  # 1 or 2: column blocks, one after the other, for the registers
-    OPERAND: tl.constexpr,
-    HAS_GK: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-    HAS_OUTPUT: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """Grid (slots, key heads): what comes through H, added to what chunk_grads_u_kernel left. k̂ = key_scale k."""
-    slot = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    if PACKED:
-        first, end = packed_rows(slot, cu_ptr, N, C)
+    plane = rows.to(tl.int64) * H * block_id
+    total = tl.zeros((C, BE), tl.float32)
+    if block_id < key_blocks:
+        first_column = block_id * BE
+        for group in range(groups):
+            total += key_block(
+                k_ptr,
+                v_ptr,
+                g_ptr,
+                gk_ptr,
+                beta_ptr,
+                h_chunks_ptr,
+                u_chunks_ptr,
+                scales_ptr,
+                dh_chunks_ptr,
+                du_chunks_ptr,
+                dscales_ptr,
+                do_ptr,
+                q_ptr,
+                alpha_ptr,
+                x_ptr,
+                x_scale_ptr,
+                y_ptr,
+                y_scale_ptr,
+                eta_ptr,
+                mdm_ptr,
+                dg_ptr + plane,
+                dgk_ptr + plane,
+                dbeta_ptr + plane,
+                slot,
+                first,
+                end,
+                kv_head * groups + group,
+                kv_head,
+                first_column,
+                H,
+                Hk,
+                SCALE,
+                K,
+                V,
+                C,
+                BK,
+                BV,
+                BE,
+                OPERAND,
+                HAS_G,
+                HAS_GK,
+                HAS_ALPHA,
+                HAS_BETA,
+                HAS_OUTPUT,
+            )
+        store_row_block(dk_ptr, total, first, end, Hk, kv_head, first_column, K, C, BE)
     else:
-        first, end = dense_rows(slot, T, C)
-    groups = H // Hk
-    HK: tl.constexpr = BK // HALVES
-    row = tl.arange(0, C)
-    part_scale = load_scalars(part_scale_ptr, first, end, Hk, kv_head, 0.0, C, True)[:, None]
-    dk_sum = load_row_block(part_ptr, first, end, Hk, kv_head, 0, K, C, HK) * part_scale
-    dk_sum_1 = tl.zeros((C, HK), tl.float32)
-    if HALVES == 2:
-        dk_sum_1 += load_row_block(part_ptr, first, end, Hk, kv_head, HK, K, C, HK) * part_scale
-    for group in range(groups):
-        head = kv_head * groups + group
-        matrix = slot.to(tl.int64) * H + head
-        k, k_unit = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
-        k = k.to(OPERAND)
-        beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-        dbeta = load_scalars(dbeta_ptr, first, end, H, head, 0.0, C, HAS_BETA)  # well before any warp stores it
-        key_scale = k_unit * beta
-        c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
-        total = last(c, C)
-        d_scale = tl.load(dscales_ptr + matrix * 2)
-        h_scale = tl.load(scales_ptr + matrix * 2)
-        tail = 2.0 * d_scale * key_scale * tl.exp(total - c)
-        if HAS_OUTPUT:
-            x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
-            y_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
-            eta = load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
-            mask = decay_mask(c, C)
-            mask_t = decay_mask_transposed(c, C)
-            e = 2.0 * h_scale * key_scale * tl.sum(mask * (tl.exp(c) * eta)[:, None], 0)
-            # Σ_t D_tj η_t D_tl: what is common to j and l begins at the later of them
-            later = tl.sum(mask * mask * eta[:, None], 0)
-            ridge = tl.where(row[:, None] <= row[None, :], mask_t * later[None, :], mask * later[:, None])
-            ridge *= 2.0 * key_scale[:, None] * (key_scale * key_scale)[None, :]
-            sigma = mask_t * (x_scale * y_scale)[None, :] * key_scale[:, None]
-            s = power_of_two(tl.max(tl.maximum(tl.abs(ridge), tl.abs(sigma)), 1))
-            inverse = (1.0 / s)[:, None]
-            to_k = (product(k, tl.trans(k), OPERAND) * (ridge * inverse)).to(OPERAND)
-            x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-            to_y = (product(k, tl.trans(x), OPERAND) * (sigma * inverse)).to(OPERAND)
-            y = load_rows(y_ptr, first, end, H, head, K, C, BK)
-            to_x = (product(k, tl.trans(y), OPERAND) * (sigma * inverse)).to(OPERAND)
-        dk_k = tl.zeros((C,), tl.float32)
-        k_end = tl.zeros((C,), tl.float32)
-        yq = tl.zeros((C,), tl.float32)
-        inner = tl.full((), 0.0, tl.float32)
-        for half in tl.static_range(HALVES):
-            k_half = load_row_block(k_ptr, first, end, Hk, kv_head, half * HK, K, C, HK) * reciprocal(k_unit)[:, None]
-            d = load_block(dh_chunks_ptr, matrix, half * HK, K, K, BK, HK)
-            dk = product(k, d, OPERAND) * tail[:, None]
-            k_end += tl.sum(dk * k_half, 1)
-            if HAS_OUTPUT or HAS_GK:
-                h = load_block(h_chunks_ptr, matrix, half * HK, K, K, BK, HK)
-                inner += inner_product(d, h)
-            if HAS_OUTPUT:
-                dk -= product(k, h, OPERAND) * e[:, None]
-                y = load_row_block(y_ptr, first, end, H, head, half * HK, K, C, HK)
-                x = load_row_block(x_ptr, first, end, H, head, half * HK, K, C, HK)
-                inside = product(to_k, k_half, OPERAND)
-                inside = product_into(to_y, y, inside, OPERAND)
-                inside = product_into(to_x, x, inside, OPERAND)
-                dk -= inside * s[:, None]
-                if HAS_GK:
-                    yq += tl.sum(y * load_row_block(q_ptr, first, end, H, head, half * HK, K, C, HK), 1)
-            dk_k += tl.sum(dk * k_half, 1)
-            if HAS_BETA:
-                dk *= beta[:, None]
-            if half == 0:
-                dk_sum += dk
-            else:
-                dk_sum_1 += dk
-        if HAS_GK:
-            dc = -0.5 * dk_k * key_scale
-            if HAS_OUTPUT:
-                dc -= yq * y_scale
-            end_product = 0.5 * tl.sum(k_end * key_scale, 0) + tl.exp(total) * d_scale * h_scale * inner
-            store_scalars(dgk_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
-        if HAS_BETA:
-            store_scalars(dbeta_ptr, dbeta + dk_k * k_unit, first, end, H, head, C)
-    store_row_block(dk_ptr, dk_sum, first, end, Hk, kv_head, 0, K, C, HK)
-    if HALVES == 2:
-        store_row_block(dk_ptr, dk_sum_1, first, end, Hk, kv_head, HK, K, C, HK)
+        first_column = (block_id - key_blocks) * BE
+        for group in range(groups):
+            total += value_block(
+                k_ptr,
+                v_ptr,
+                g_ptr,
+                beta_ptr,
+                du_chunks_ptr,
+                dscales_ptr,
+                do_ptr,
+                q_ptr,
+                alpha_ptr,
+                x_ptr,
+                x_scale_ptr,
+                dbeta_ptr + plane,
+                slot,
+                first,
+                end,
+                kv_head * groups + group,
+                kv_head,
+                first_column,
+                H,
+                Hk,
+                SCALE,
+                K,
+                V,
+                C,
+                BK,
+                BE,
+                OPERAND,
+                HAS_G,
+                HAS_ALPHA,
+                HAS_BETA,
+                HAS_OUTPUT,
+            )
+        store_row_block(dv_ptr, total, first, end, Hk, kv_head, first_column, V, C, BE)
 
 
 def launch_chunk_grads(
@@ -491,37 +623,32 @@ def launch_chunk_grads(
     h_chunks, u_chunks, state_scales = compact(h_chunks, u_chunks, state_scales)
     dh_chunks, du_chunks, dstate_scales = compact(dh_chunks, du_chunks, dstate_scales)
     x, x_scale, y, y_scale, eta, mdm = compact(x, x_scale, y, y_scale, eta, mdm)
-    _, T, Hk, K = k.shape
-    V, sizes = v.shape[-1], (1 if cu is None else cu.shape[0] - 1, T, H, Hk)
-    grid = (h_chunks.shape[0], Hk)
-    dk, dv, dg, dgk, dbeta = out
-    # the two parts of dk can cancel: the first waits with float16's digits, in the memory of the second
-    part, part_scale = dk.view(h_chunks.dtype), k.new_empty(k.shape[:3], dtype=torch.float32)
-    common = shared_options(k, beta, cu, C)
-    common["HAS_OUTPUT"] = do is not None
+    B, T, Hk, K = k.shape
+    V, N = v.shape[-1], 1 if cu is None else cu.shape[0] - 1
+    BE = min(config.GRADS_COLUMNS, block(K), block(V))
+    key_blocks, value_blocks = triton.cdiv(K, BE), triton.cdiv(V, BE)
+    dk, dv, *gates = out
+    # every block of columns leaves what it adds
+    parts = [x.new_empty(n, *x.shape) for x, n in zip(gates, (key_blocks, key_blocks, key_blocks + value_blocks), strict=True)]
+    common = shared_options(H, k, beta, cu, C)
     with on_device(k):
-        wrap_triton(chunk_grads_u_kernel)[grid](
-            *(k, v, *present(k, g, beta), u_chunks, state_scales, du_chunks, dstate_scales),
-            *present(k, do, q, alpha, x, x_scale, mdm, cu),
-            *(part, part_scale, dv, dg, dbeta, *sizes),
+        wrap_triton(chunk_grads_kernel)[(h_chunks.shape[0] * (key_blocks + value_blocks), Hk)](
+            *(k, v, *present(k, g, gk, beta), h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
+            *present(k, do, q, alpha, x, x_scale, y, y_scale, eta, mdm, cu),
+            *(dk, dv, *parts, N, T, B * T),
             SCALE=scale,
             K=K,
             V=V,
             BK=block(K),
             BV=block(V),
+            BE=BE,
             HAS_G=g is not None,
-            HAS_ALPHA=alpha is not None,
-            **common,
-            **settings("chunk_grads_u", k, K, V),
-        )
-        wrap_triton(chunk_grads_h_kernel)[grid](
-            *(k, *present(k, gk, beta), h_chunks, state_scales, dh_chunks, dstate_scales),
-            *present(k, q, x, x_scale, y, y_scale, eta, cu),
-            *(part, part_scale, dk, dgk, dbeta, *sizes),
-            K=K,
-            BK=block(K),
-            HALVES=2 if K > 64 else 1,
             HAS_GK=gk is not None,
+            HAS_ALPHA=alpha is not None,
+            HAS_OUTPUT=do is not None,
             **common,
-            **settings("chunk_grads_h", k, K),
+            **settings("chunk_grads", k, K, V),
         )
+        for x, part in zip(gates, parts, strict=True):
+            if x.numel():
+                torch.sum(part, 0, out=x)

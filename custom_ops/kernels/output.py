@@ -18,6 +18,7 @@ from .tile import (
     load_rows,
     load_scalars,
     load_state,
+    load_tile,
     packed_rows,
     product,
     readout,
@@ -61,8 +62,8 @@ def chunk_solve_kernel(
     phi_ptr,  # [rows, H]
     N,
     T,
-    H,
-    Hk,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
@@ -84,13 +85,19 @@ def chunk_solve_kernel(
         first, end = dense_rows(slot, T, C)
     matrix = slot.to(tl.int64) * H + head
     h, h_scale = load_state(h_chunks_ptr, scales_ptr, matrix, 0, 0, K, K, BK, BK)
-    k, key_scale = load_keys(k_ptr, beta_ptr, first, end, H, head, Hk, K, C, BK, HAS_BETA)
-    c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
+    # all loads come first: what follows has barriers, behind which each would wait on its own
+    k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
+    q = load_tile(q_ptr, first, end, H, head, 0, K, C, BK)
+    gk = load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK)
+    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+    k, key_scale = unit_rows(k.to(tl.float32))
+    key_scale *= beta
+    c = tl.cumsum(gk, 0)
     mask = decay_mask(c, C)
     gamma = tl.exp(c)
     phi = frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND)
     store_scalars(phi_ptr, phi, first, end, H, head, C)
-    q, q_scale = unit_rows(load_rows(q_ptr, first, end, H, head, K, C, BK))
+    q, q_scale = unit_rows(q.to(tl.float32))
     x = solve(q, k, key_scale, mask, gamma, h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
     x, x_scale = unit_rows(x)
     store_rows(x_ptr, x, first, end, H, head, K, C, BK)
@@ -113,8 +120,8 @@ def chunk_read_kernel(
     o_ptr,  # [rows, H, V]
     N,
     T,
-    H,
-    Hk,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
     SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -172,10 +179,10 @@ def launch_chunk_output(
     """Fill ``out`` as ``ops.chunk_output`` describes."""
     q, k, v, g, gk, alpha, beta, cu = compact(q, k, v, g, gk, alpha, beta, cu_seqlens)
     h_chunks, u_chunks, state_scales = compact(h_chunks, u_chunks, state_scales)
-    (_, T, H, K), (Hk, V) = q.shape, v.shape[2:]
-    grid, sizes = (h_chunks.shape[0], H), (1 if cu is None else cu.shape[0] - 1, T, H, Hk)
+    (_, T, H, K), V = q.shape, v.shape[-1]
+    grid, sizes = (h_chunks.shape[0], H), (1 if cu is None else cu.shape[0] - 1, T)
     o, x, x_scale, phi = out
-    common = shared_options(q, beta, cu, C)
+    common = shared_options(H, k, beta, cu, C)
     with on_device(q):
         wrap_triton(chunk_solve_kernel)[grid](
             *(q, k, *present(q, gk, beta), h_chunks, state_scales, *present(q, cu), x, x_scale, phi, *sizes),
@@ -220,8 +227,8 @@ def chunk_read_bwd_kernel(
     mdm_ptr,  # [rows, H]
     N,
     T,
-    H,
-    Hk,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
     SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -281,8 +288,8 @@ def chunk_solve_bwd_kernel(
     eta_ptr,  # [rows, H]
     N,
     T,
-    H,
-    Hk,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
@@ -306,10 +313,15 @@ def chunk_solve_bwd_kernel(
         first, end = dense_rows(slot, T, C)
     matrix = slot.to(tl.int64) * H + head
     h, h_scale = load_state(h_chunks_ptr, scales_ptr, matrix, 0, 0, K, K, BK, BK)
-    k, key_scale = load_keys(k_ptr, beta_ptr, first, end, H, head, Hk, K, C, BK, HAS_BETA)
-    c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
+    k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
+    dm = load_tile(y_ptr, first, end, H, head, 0, K, C, BK)
+    gk = load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK)
+    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
     phi = load_scalars(phi_ptr, first, end, H, head, 0.0, C, True)
-    dm = load_rows(y_ptr, first, end, H, head, K, C, BK)
+    k, key_scale = unit_rows(k.to(tl.float32))
+    key_scale *= beta
+    c = tl.cumsum(gk, 0)
+    dm = dm.to(tl.float32)
     dm_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)  # before the solve: no warp may have stored y_scale yet
     held = dm.to(OPERAND)  # half the room in the solve
     y = solve(dm, k, key_scale, decay_mask(c, C), tl.exp(c), h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
@@ -353,10 +365,10 @@ def launch_chunk_output_bwd(
     """Fill ``out`` as ``ops.chunk_output_bwd`` describes."""
     do, q, k, v, g, gk, alpha, beta, cu = compact(do, q, k, v, g, gk, alpha, beta, cu_seqlens)
     h_chunks, u_chunks, state_scales, x, x_scale, phi = compact(h_chunks, u_chunks, state_scales, x, x_scale, phi)
-    (_, T, H, K), (Hk, V) = q.shape, v.shape[2:]
-    grid, sizes = (h_chunks.shape[0], H), (1 if cu is None else cu.shape[0] - 1, T, H, Hk)
+    (_, T, H, K), V = q.shape, v.shape[-1]
+    grid, sizes = (h_chunks.shape[0], H), (1 if cu is None else cu.shape[0] - 1, T)
     dq, dalpha, y, y_scale, eta, mdm = out
-    common = shared_options(q, beta, cu, C)
+    common = shared_options(H, k, beta, cu, C)
     common["HAS_ALPHA"] = alpha is not None
     with on_device(q):
         wrap_triton(chunk_read_bwd_kernel)[grid](

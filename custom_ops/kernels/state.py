@@ -40,8 +40,8 @@ def scan_block(
     end,
     first_slot,
     first_column,
-    H,
-    Hk,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
     WHICH: tl.constexpr,  # 0: H, 1: U
     K: tl.constexpr,
     E: tl.constexpr,
@@ -104,8 +104,8 @@ def chunk_state_kernel(
     h_out_ptr,  # [N, H, K, K]
     u_out_ptr,  # [N, H, K, V]
     T,
-    H,
-    Hk,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -158,7 +158,9 @@ def launch_chunk_state(
     grid = (triton.cdiv(K, BE) + triton.cdiv(V, BE), H, N)
     with on_device(k):
         wrap_triton(chunk_state_kernel)[grid](
-            *(k, v, *present(k, g, gk, beta, h0, u0, cu), *out, T, H, Hk),
+            *(k, v, *present(k, g, gk, beta, h0, u0, cu), *out, T),
+            H=H,
+            Hk=Hk,
             K=K,
             V=V,
             C=C,

@@ -23,8 +23,10 @@ __all__ = [
     "load_block",
     "load_row_block",
     "load_rows",
+    "load_rows_of_state",
     "load_scalars",
     "load_state",
+    "load_tile",
     "outer_sum",
     "packed_rows",
     "power_of_two",
@@ -73,12 +75,24 @@ def packed_rows(slot, cu_ptr, N, C: tl.constexpr):
 
 
 @triton.jit
-def load_row_block(ptr, first, end, heads, head, first_column, D: tl.constexpr, C: tl.constexpr, BE: tl.constexpr):
-    """[C, BE] float32: columns first_column … of a [rows, heads, D] matrix."""
+def rows_left(first, end, C: tl.constexpr):
+    """Rows of a chunk that exist, in 32 bits: a 64-bit comparison for every element would hold two registers for each."""
+    return tl.minimum(tl.maximum(end - first, 0), C).to(tl.int32)
+
+
+@triton.jit
+def load_tile(ptr, first, end, heads, head, first_column, D: tl.constexpr, C: tl.constexpr, BE: tl.constexpr):
+    """[C, BE] in memory's dtype: columns first_column … of a [rows, heads, D] matrix."""
     row = tl.arange(0, C)[:, None]
     column = first_column + tl.arange(0, BE)[None, :]
     base = ptr + (first * heads + head) * D
-    return tl.load(base + row * (heads * D) + column, mask=(row < end - first) & (column < D), other=0.0).to(tl.float32)
+    return tl.load(base + row * (heads * D) + column, mask=(row < rows_left(first, end, C)) & (column < D), other=0.0)
+
+
+@triton.jit
+def load_row_block(ptr, first, end, heads, head, first_column, D: tl.constexpr, C: tl.constexpr, BE: tl.constexpr):
+    """load_tile in float32."""
+    return load_tile(ptr, first, end, heads, head, first_column, D, C, BE).to(tl.float32)
 
 
 @triton.jit
@@ -93,7 +107,7 @@ def store_row_block(ptr, tile, first, end, heads, head, first_column, D: tl.cons
     row = tl.arange(0, C)[:, None]
     column = first_column + tl.arange(0, BE)[None, :]
     base = ptr + (first * heads + head) * D
-    inside = (row < end - first) & (column < D)
+    inside = (row < rows_left(first, end, C)) & (column < D)
     tl.store(base + row * (heads * D) + column, tile.to(ptr.dtype.element_ty), mask=inside)
 
 
@@ -105,10 +119,16 @@ def store_rows(ptr, tile, first, end, heads, head, D: tl.constexpr, C: tl.conste
 
 @triton.jit
 def load_scalars(ptr, first, end, heads, head, absent: tl.constexpr, C: tl.constexpr, HAS: tl.constexpr):
-    """[C] float32 of a [rows, heads] matrix; the constant ``absent`` where the argument was None."""
-    row = tl.arange(0, C)
+    """[C] float32 of a [rows, heads] matrix; the constant ``absent`` where the argument was None.
+
+    The sum is over one row and others that load nothing. It keeps the compiler from loading the vector anew, element by element with
+    an address and a mask for each, in every layout that it is used in: that costs more registers than the tiles do.
+    """
     if HAS:
-        return tl.load(ptr + first * heads + head + row * heads, mask=row < end - first, other=0.0).to(tl.float32)
+        copy = tl.arange(0, 256 // C)[:, None]  # a tile that size counts as worth loading once
+        row = tl.arange(0, C)[None, :]
+        inside = (row < rows_left(first, end, C)) & (copy == 0)
+        return tl.sum(tl.load(ptr + first * heads + head + row * heads + copy * 0, mask=inside, other=0.0).to(tl.float32), 0)
     else:
         return tl.full((C,), absent, tl.float32)
 
@@ -117,7 +137,7 @@ def load_scalars(ptr, first, end, heads, head, absent: tl.constexpr, C: tl.const
 def store_scalars(ptr, x, first, end, heads, head, C: tl.constexpr):
     """[C] to a [rows, heads] matrix."""
     row = tl.arange(0, C)
-    tl.store(ptr + first * heads + head + row * heads, x.to(ptr.dtype.element_ty), mask=row < end - first)
+    tl.store(ptr + first * heads + head + row * heads, x.to(ptr.dtype.element_ty), mask=row < rows_left(first, end, C))
 
 
 @triton.jit
@@ -244,6 +264,14 @@ def load_block(ptr, matrix, first_column, D: tl.constexpr, E: tl.constexpr, BD: 
     """Columns first_column … + BE of a stored state [.., D, E], in its storage dtype."""
     row = tl.arange(0, BD)[:, None]
     column = first_column + tl.arange(0, BE)[None, :]
+    return tl.load(ptr + matrix * (D * E) + row * E + column, mask=(row < D) & (column < E), other=0.0)
+
+
+@triton.jit
+def load_rows_of_state(ptr, matrix, first_row, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
+    """Rows first_row … + BD of a stored state [.., D, E], in its storage dtype."""
+    row = first_row + tl.arange(0, BD)[:, None]
+    column = tl.arange(0, BE)[None, :]
     return tl.load(ptr + matrix * (D * E) + row * E + column, mask=(row < D) & (column < E), other=0.0)
 
 
