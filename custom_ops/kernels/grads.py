@@ -277,6 +277,8 @@ def key_block(
     first_column,
     H: tl.constexpr,
     Hk: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -330,7 +332,7 @@ def key_block(
         dc = -dk_k * key_scale
         if HAS_OUTPUT:
             dc += tl.where(first_column == 0, load_scalars(mdm_ptr, first, end, H, head, 0.0, C, True), 0.0)
-        store_scalars(dg_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
+        store_scalars(dg_ptr, reverse_sum(dc, C) + end_product, first, end, H * KEY_BLOCKS, head * KEY_BLOCKS, C)
 
     # through H, with rows loaded again: they do not fit the registers beside the above
     k = (load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK) * reciprocal(k_unit)[:, None]).to(OPERAND)
@@ -376,9 +378,9 @@ def key_block(
         if HAS_OUTPUT:
             q_block = load_row_block(q_ptr, first, end, H, head, first_column, K, C, BE)
             dc -= tl.sum(y_block * q_block, 1) * y_scale
-        store_scalars(dgk_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
+        store_scalars(dgk_ptr, reverse_sum(dc, C) + end_product, first, end, H * KEY_BLOCKS, head * KEY_BLOCKS, C)
     if HAS_BETA:
-        store_scalars(dbeta_ptr, (dk_k + dk_k_h) * k_unit, first, end, H, head, C)
+        store_scalars(dbeta_ptr, (dk_k + dk_k_h) * k_unit, first, end, H * BLOCKS, head * BLOCKS, C)
     return (dk + dk_h) * beta[:, None]
 
 
@@ -404,6 +406,7 @@ def value_block(
     first_column,
     H: tl.constexpr,
     Hk: tl.constexpr,
+    BLOCKS: tl.constexpr,
     SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
@@ -434,7 +437,7 @@ def value_block(
         dv += weighted_product(product(k, tl.trans(m), OPERAND), nu, do, OPERAND)
     if HAS_BETA:
         v = load_row_block(v_ptr, first, end, Hk, kv_head, first_column, V, C, BE)
-        store_scalars(dbeta_ptr, tl.sum(dv * v, 1), first, end, H, head, C)
+        store_scalars(dbeta_ptr, tl.sum(dv * v, 1), first, end, H * BLOCKS, head * BLOCKS, C)
     return dv * beta[:, None]
 
 
@@ -463,12 +466,11 @@ def chunk_grads_kernel(
     cu_ptr,  # [N + 1]
     dk_ptr,  # [rows, Hk, K]
     dv_ptr,  # [rows, Hk, V]
-    dg_ptr,  # [key blocks, rows, H]: of each block of columns
-    dgk_ptr,  # [key blocks, rows, H]
-    dbeta_ptr,  # [key blocks + value blocks, rows, H]
+    dg_ptr,  # [rows, H, KEY_BLOCKS]: of each block of columns
+    dgk_ptr,  # [rows, H, KEY_BLOCKS]
+    dbeta_ptr,  # [rows, H, BLOCKS]
     N,
     T,
-    rows,
     H: tl.constexpr,
     Hk: tl.constexpr,
     SCALE: tl.constexpr,
@@ -490,19 +492,18 @@ def chunk_grads_kernel(
 
     Blocks of one slot are neighbours in the grid: what they all read comes from the L2 cache.
     """
-    key_blocks: tl.constexpr = (K + BE - 1) // BE
-    blocks: tl.constexpr = key_blocks + (V + BE - 1) // BE
-    slot = tl.program_id(0) // blocks
-    block_id = tl.program_id(0) % blocks
+    KEY_BLOCKS: tl.constexpr = (K + BE - 1) // BE
+    BLOCKS: tl.constexpr = KEY_BLOCKS + (V + BE - 1) // BE
+    slot = tl.program_id(0) // BLOCKS
+    block_id = tl.program_id(0) % BLOCKS
     kv_head = tl.program_id(1)
     if PACKED:
         first, end = packed_rows(slot, cu_ptr, N, C)
     else:
         first, end = dense_rows(slot, T, C)
     groups = H // Hk
-    plane = rows.to(tl.int64) * H * block_id
     total = tl.zeros((C, BE), tl.float32)
-    if block_id < key_blocks:
+    if block_id < KEY_BLOCKS:
         first_column = block_id * BE
         for group in range(groups):
             total += key_block(
@@ -526,9 +527,9 @@ def chunk_grads_kernel(
                 y_scale_ptr,
                 eta_ptr,
                 mdm_ptr,
-                dg_ptr + plane,
-                dgk_ptr + plane,
-                dbeta_ptr + plane,
+                dg_ptr + block_id,
+                dgk_ptr + block_id,
+                dbeta_ptr + block_id,
                 slot,
                 first,
                 end,
@@ -537,6 +538,8 @@ def chunk_grads_kernel(
                 first_column,
                 H,
                 Hk,
+                KEY_BLOCKS,
+                BLOCKS,
                 SCALE,
                 K,
                 V,
@@ -553,7 +556,7 @@ def chunk_grads_kernel(
             )
         store_row_block(dk_ptr, total, first, end, Hk, kv_head, first_column, K, C, BE)
     else:
-        first_column = (block_id - key_blocks) * BE
+        first_column = (block_id - KEY_BLOCKS) * BE
         for group in range(groups):
             total += value_block(
                 k_ptr,
@@ -567,7 +570,7 @@ def chunk_grads_kernel(
                 alpha_ptr,
                 x_ptr,
                 x_scale_ptr,
-                dbeta_ptr + plane,
+                dbeta_ptr + block_id,
                 slot,
                 first,
                 end,
@@ -576,6 +579,7 @@ def chunk_grads_kernel(
                 first_column,
                 H,
                 Hk,
+                BLOCKS,
                 SCALE,
                 K,
                 V,
@@ -623,19 +627,19 @@ def launch_chunk_grads(
     h_chunks, u_chunks, state_scales = compact(h_chunks, u_chunks, state_scales)
     dh_chunks, du_chunks, dstate_scales = compact(dh_chunks, du_chunks, dstate_scales)
     x, x_scale, y, y_scale, eta, mdm = compact(x, x_scale, y, y_scale, eta, mdm)
-    B, T, Hk, K = k.shape
+    _, T, Hk, K = k.shape
     V, N = v.shape[-1], 1 if cu is None else cu.shape[0] - 1
     BE = min(config.GRADS_COLUMNS, block(K), block(V))
     key_blocks, value_blocks = triton.cdiv(K, BE), triton.cdiv(V, BE)
     dk, dv, *gates = out
     # every block of columns leaves what it adds
-    parts = [x.new_empty(n, *x.shape) for x, n in zip(gates, (key_blocks, key_blocks, key_blocks + value_blocks), strict=True)]
+    parts = [x.new_empty(*x.shape, n) for x, n in zip(gates, (key_blocks, key_blocks, key_blocks + value_blocks), strict=True)]
     common = shared_options(H, k, beta, cu, C)
     with on_device(k):
         wrap_triton(chunk_grads_kernel)[(h_chunks.shape[0] * (key_blocks + value_blocks), Hk)](
             *(k, v, *present(k, g, gk, beta), h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
             *present(k, do, q, alpha, x, x_scale, y, y_scale, eta, mdm, cu),
-            *(dk, dv, *parts, N, T, B * T),
+            *(dk, dv, *parts, N, T),
             SCALE=scale,
             K=K,
             V=V,
@@ -651,4 +655,4 @@ def launch_chunk_grads(
         )
         for x, part in zip(gates, parts, strict=True):
             if x.numel():
-                torch.sum(part, 0, out=x)
+                torch.sum(part, -1, out=x)

@@ -121,8 +121,8 @@ def store_rows(ptr, tile, first, end, heads, head, D: tl.constexpr, C: tl.conste
 def load_scalars(ptr, first, end, heads, head, absent: tl.constexpr, C: tl.constexpr, HAS: tl.constexpr):
     """[C] float32 of a [rows, heads] matrix; the constant ``absent`` where the argument was None.
 
-    The sum is over one row and others that load nothing. It keeps the compiler from loading the vector anew, element by element with
-    an address and a mask for each, in every layout that it is used in: that costs more registers than the tiles do.
+    The sum is over one row and others that load nothing. It keeps the compiler from loading the vector anew in every layout that it
+    is used in, element by element with an address and a mask for each: that costs more registers than the tiles do.
     """
     if HAS:
         copy = tl.arange(0, 256 // C)[:, None]  # a tile that size counts as worth loading once
