@@ -238,7 +238,7 @@ def trt_line(t: Any, cuda: Cuda, log: Any, path: Path, tf32: bool, profile: bool
             array = np.ascontiguousarray(data[name])
             context.set_input_shape(name, array.shape)
         else:
-            array = np.zeros(tuple(context.get_tensor_shape(name)), t.nptype(engine.get_tensor_dtype(name)))
+            array = np.zeros(tuple(context.get_tensor_shape(name)), DTYPES[engine.get_tensor_dtype(name).name])
         places[name] = (cuda.buffer(array), array)
         context.set_tensor_address(name, places[name][0])
 

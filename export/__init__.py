@@ -1,7 +1,9 @@
 """A model exported once, in forms that run without its Python code. onnx, onnxruntime and TensorRT are imported when used."""
 
 from .artifact import BACKENDS, DEFAULT_BACKENDS, ArtifactError, load_manifest, save_artifact
+from .bundle import BundleError, Variant, build_bundle, load_bundle, variants
 from .engine import DeviceArray, Engine, EngineError
+from .ort_library import ort_library
 from .portable import decompositions
 from .program import Programs, export_program
 from .runner import Runner
@@ -14,16 +16,22 @@ __all__ = [
     "DEFAULT_BACKENDS",
     "RTX_CAPABILITIES",
     "ArtifactError",
+    "BundleError",
     "DeviceArray",
     "Engine",
     "EngineError",
     "Programs",
     "Runner",
+    "Variant",
+    "build_bundle",
     "decompositions",
     "export_program",
+    "load_bundle",
     "load_manifest",
+    "ort_library",
     "save_artifact",
     "to_aoti",
     "to_onnx",
     "to_tensorrt",
+    "variants",
 ]

@@ -113,7 +113,7 @@ class BundleError(ValueError):
 
 
 def evaluate(size: Size, B: int, T: int) -> int:
-    """A size of the manifest at batch B and length T; both are rounded down in divisions."""
+    """A size of the manifest at batch B and length T; divisions round down."""
     if isinstance(size, str):
         return {"B": B, "T": T}[size]
     if isinstance(size, int):

@@ -273,7 +273,8 @@ def _build(
     if plan is None:
         raise RuntimeError(f"TensorRT: expected an engine, got none: {log.error()}")
     outputs = [_describe(network.get_output(i), shapes) for i in range(network.num_outputs)]
-    described = {"inputs": inputs, "outputs": outputs, "network_layers": network.num_layers, **_engine(log.told)}
+    engine = _told(log.told) if capabilities else _opened(library, log, plan)
+    described = {"inputs": inputs, "outputs": outputs, "network_layers": network.num_layers, **engine}
     log.told.clear()
     return bytes(plan), described
 
@@ -305,8 +306,17 @@ def _describe(tensor: Any, shapes: dict[str, list[int | str]]) -> dict[str, Any]
     return {"name": tensor.name, "dtype": DTYPES[tensor.dtype.name], "shape": shapes[tensor.name]}
 
 
-def _engine(told: Sequence[tuple[Any, str]]) -> dict[str, Any]:
-    """Layers of the engine and bytes of its activations, as the builder tells them: an engine opens only on its own GPU."""
+def _opened(library: Any, log: Any, plan: Any) -> dict[str, Any]:
+    """Layers of an engine for this GPU, and bytes of its activations."""
+    engine = library.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise RuntimeError(f"TensorRT: expected an engine that loads here, got none: {log.error()}")
+    memory = engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
+    return {"engine_layers": engine.num_layers, "activation_bytes": memory}
+
+
+def _told(told: Sequence[tuple[Any, str]]) -> dict[str, Any]:
+    """The same as the builder tells it, of an engine for other GPUs, which does not open here."""
     layers, memory = None, None
     for _, message in told:
         if message.startswith("Layers:\n"):

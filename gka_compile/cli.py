@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 __all__ = ["app", "main"]
@@ -88,6 +89,9 @@ def export(
         list[str] | None, typer.Option(help="aoti, onnx or tensorrt; repeat for more. Default: aoti and onnx.")
     ] = None,
     device: Annotated[str, typer.Option(help="Device that aoti compiles for: auto, cpu or cuda.")] = "auto",
+    flavour: Annotated[
+        str | None, typer.Option(help="Of tensorrt: rtx (the default), or tensorrt, which builds for the GPU of this machine.")
+    ] = None,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(help="GPU that tensorrt builds for, such as 8.9; repeat for more. Default: 8.6, 8.9, 12.0, 12.1."),
@@ -99,7 +103,9 @@ def export(
     from .export import DEFAULT_BACKENDS, save_artifact
     from .model import ByteLM
 
-    engines: dict[str, Any] = {} if compute_capability is None else {"compute_capabilities": compute_capability}
+    engines: dict[str, Any] = {} if flavour is None else {"flavour": flavour}
+    if compute_capability is not None:
+        engines["compute_capabilities"] = compute_capability
     if longest_prompt is not None:
         engines["lengths"] = (1, min(128, longest_prompt), longest_prompt)
     if mixed:
@@ -176,7 +182,8 @@ def info(artifact: Annotated[Path | None, typer.Argument(help="An artifact to de
     about.add_row("made by", f"gka-compile {manifest['gka_compile']}")
     for name, entry in manifest["backends"].items():
         versions = ", ".join(f"{package} {version}" for package, version in entry["versions"].items())
-        about.add_row(f"backend {name}", f"{', '.join(entry['programs'].values())} ({versions})")
+        gpus = f"; {entry['library']}, for GPUs {', '.join(entry['compute_capabilities'])}" if name == "tensorrt" else ""
+        about.add_row(f"backend {name}", f"{', '.join(entry['programs'].values())} ({versions}{gpus})")
     for entry in manifest["state"]:
         about.add_row(f"state {entry['name']}", f"{entry['dtype']} {entry['shape']}")
     console.print(about)
@@ -189,7 +196,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

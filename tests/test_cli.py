@@ -57,6 +57,7 @@ def test_info_names_versions() -> None:
         (["run", "nowhere", "--backend", "openvino"], "backend: expected one of aoti, onnx, tensorrt, got 'openvino'"),
         (["run", "nowhere", "--prompt", ""], "--prompt: expected at least one byte, got none"),
         (["export", "nowhere", "out"], "folder: expected a file nowhere/config.json, got none"),
+        (["export", "no[where]", "out"], "folder: expected a file no[where]/config.json, got none"),  # no markup
         (["demo", "--device", "tpu"], "--device: expected auto, cpu or cuda, got 'tpu'"),
         (["info", "nowhere"], "nowhere: expected an artifact, got no manifest.json there"),
     ],
@@ -71,7 +72,8 @@ def test_export_and_run(command: Callable[..., Told], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ByteLM(TINY).eval()
     model.save(tmp_path / "checkpoint")
-    made = command("export", str(tmp_path / "checkpoint"), str(tmp_path / "artifact"), "--backend", "onnx", "--device", "cpu")
+    made_from = ("export", str(tmp_path / "checkpoint"), str(tmp_path / "artifact"), "--device", "cpu")
+    made = command(*made_from, "--backend", "onnx")
     assert made.code == 0, made.err
     assert "onnx: prefill.onnx" in made.out
     arguments = ("run", str(tmp_path / "artifact"), "--backend", "onnx", "--prompt", "ab", "--max-new-tokens", "5")
@@ -81,6 +83,13 @@ def test_export_and_run(command: Callable[..., Told], tmp_path: Path) -> None:
     assert told.out == "ab" + bytes(new[0].tolist()).decode(errors="replace") + "\n"
     about = command("info", str(tmp_path / "artifact"))
     assert "h_state_0" in about.out
+    told = command(*made_from, "--backend", "onnx", "--flavour", "tensorrt", "--compute-capability", "8.9", "--longest-prompt", "9")
+    assert told.code == 2
+    assert (
+        "tensorrt: expected None without backend tensorrt, got {'flavour': 'tensorrt', 'compute_capabilities': ['8.9'], "
+        in told.err
+    )
+    assert "'lengths': (1, 9, 9)}" in told.err
 
 
 def row(name: str, logits: torch.Tensor, tokens: torch.Tensor) -> demo.Row:
