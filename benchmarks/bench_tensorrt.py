@@ -31,6 +31,7 @@ STEP = ("q", "k", "v", "h", "u", "g", "gk", "alpha", "beta")
 OUTPUTS = ("o", "present_h", "present_u")
 LENGTHS = (64, 512, 4096)  # profile of the dynamic length
 ROUNDS, CALLS = 15, 10
+DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32, "BOOL": np.bool_}  # by TensorRT's names
 WIDE = "prefill_b1_t4096_h16_k128_mixed"  # for ONNX Runtime: float16 inputs
 
 
