@@ -13,11 +13,8 @@ Weights are inside the programs; the folder runs without the model's Python code
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,17 +24,14 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from gka_compile import __version__
-
 from .program import BATCH, LENGTH, LanguageModel, Programs, export_program
+from .sealed import Manifest, Sealed
 from .to_aoti import to_aoti
 from .to_onnx import present_name, to_onnx
 from .to_tensorrt import LIBRARIES, Range, to_tensorrt
 
 __all__ = ["BACKENDS", "DEFAULT_BACKENDS", "ArtifactError", "load_manifest", "save_artifact"]
 
-FORMAT, VERSION = "gka-compile artifact", 1
-MANIFEST = "manifest.json"
 SUFFIXES = {"aoti": ".pt2", "onnx": ".onnx", "tensorrt": ".engine"}
 BACKENDS = tuple(SUFFIXES)
 DEFAULT_BACKENDS = ("aoti", "onnx")
@@ -45,11 +39,12 @@ PACKAGES = {"aoti": ("torch",), "onnx": ("torch", "onnx", "onnxscript"), "tensor
 LONGEST_PREFILL = 4096  # of engines, unless the model or the caller says otherwise
 USUAL_PREFILL = 128
 
-Manifest = dict[str, Any]
-
 
 class ArtifactError(ValueError):
     """A folder that is not an artifact, not a whole one, or not one for this version or machine."""
+
+
+SEALED = Sealed("an artifact", "gka-compile artifact", 1, "export the model again", ArtifactError)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------
@@ -87,35 +82,19 @@ def save_artifact(
     if tensorrt is not None and "tensorrt" not in backends:
         raise ValueError(f"tensorrt: expected None without backend tensorrt, got {dict(tensorrt)}")
     folder = Path(folder)
-    _check_replaceable(folder)
+    SEALED.check_replaceable(folder)
     say = progress if progress is not None else lambda _: None
     say("export")
     start = time.perf_counter()
     programs = export_program(model)
     export_seconds = time.perf_counter() - start
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        built = Path(temporary) / folder.name
-        built.mkdir()
+
+    def fill(built: Path) -> Manifest:
         engines = _engine_options(model, programs, tensorrt or {}) if "tensorrt" in backends else {}
         entries = {backend: _build(backend, programs, built, say, engines) for backend in backends}
-        manifest = _manifest(model, programs, entries, built) | {"export_seconds": round(export_seconds, 3)}
-        manifest["sha256"] = _digest_of(manifest)
-        (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        if folder.exists():
-            _check_replaceable(folder)  # again: building took a while
-            folder.replace(Path(temporary) / "old")
-        built.replace(folder)
-    return manifest
+        return _manifest(model, programs, entries) | {"export_seconds": round(export_seconds, 3)}
 
-
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if folder.is_symlink() or not folder.is_dir():
-        raise ArtifactError(f"{folder}: expected a new folder or an artifact to replace, got something else of that name")
-    if any(folder.iterdir()):
-        _read(folder, "expected a new folder or an artifact to replace")
+    return SEALED.write(folder, fill)
 
 
 def _engine_options(model: LanguageModel, programs: Programs, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,14 +131,11 @@ def _build(
     return entry | {"versions": {name: importlib.metadata.version(name) for name in PACKAGES[backend]}}
 
 
-def _manifest(model: LanguageModel, programs: Programs, entries: dict[str, dict[str, Any]], folder: Path) -> Manifest:
+def _manifest(model: LanguageModel, programs: Programs, entries: dict[str, dict[str, Any]]) -> Manifest:
     config = model.config.to_dict()
     state = [_describe(name, x.dtype, (BATCH, *x.shape[1:])) for name, x in programs.state.items()]
     device = next(iter(programs.state.values())).device.type
     return {
-        "format": FORMAT,
-        "version": VERSION,
-        "gka_compile": __version__,
         "device": device,
         "target": target(device),
         "model": {
@@ -170,10 +146,6 @@ def _manifest(model: LanguageModel, programs: Programs, entries: dict[str, dict[
         "state": state,
         "programs": {name: _signature(name, program, state, model.config.vocab_size) for name, program in programs.items()},
         "backends": entries,
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
-            for path in sorted(folder.iterdir(), key=lambda p: p.name)
-        },
     }
 
 
@@ -209,51 +181,4 @@ def load_manifest(folder: str | Path) -> Manifest:
     Raises:
         ArtifactError: the folder or a file is absent, truncated or changed, or the format is another version's.
     """
-    folder = Path(folder)
-    manifest = _read(folder, "expected an artifact")
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if Path(name).name != name:
-            raise ArtifactError(f"{folder}: expected the names of files in the folder, got {name!r} in {MANIFEST}")
-        if not path.is_file():
-            raise ArtifactError(f"{folder}: expected the file {name} that {MANIFEST} lists, got none")
-        if path.stat().st_size != entry["bytes"]:
-            raise ArtifactError(f"{path}: expected {entry['bytes']} bytes, got {path.stat().st_size}: truncated or replaced")
-        if _digest(path) != entry["sha256"]:
-            raise ArtifactError(f"{path}: expected the SHA-256 that {MANIFEST} lists, got another: the file was changed")
-    return manifest
-
-
-def _read(folder: Path, expected: str) -> Manifest:
-    """The manifest, itself checked, but not the files."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise ArtifactError(f"{folder}: {expected}, got no {MANIFEST} there")
-    try:
-        manifest = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path}: {expected}, got no JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: {expected}, got JSON of another kind")
-    if manifest.get("version") != VERSION:
-        raise ArtifactError(
-            f"{path}: expected format version {VERSION} (gka-compile {__version__}), got {manifest.get('version')} "
-            f"(gka-compile {manifest.get('gka_compile')}): export the model again"
-        )
-    if manifest.get("sha256") != _digest_of(manifest):
-        raise ArtifactError(f"{path}: expected contents of the SHA-256 that it names, got others: the manifest was changed")
-    return manifest
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _digest_of(manifest: Manifest) -> str:
-    """SHA-256 of all but the field that holds it."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return SEALED.load(folder)

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .artifact import ArtifactError, Manifest, target
+from .artifact import ArtifactError, target
 from .driver import Driver, DriverError
 from .engine import DeviceArray, Engine, EngineError
 from .program import BATCH
+from .sealed import Manifest
 
 __all__ = ["PROVIDERS", "AOTInductor", "Backend", "ONNXRuntime", "TensorRT"]
 

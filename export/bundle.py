@@ -37,7 +37,6 @@ import operator
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,12 +55,12 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy import functions as symbolic
 
-from gka_compile import __version__
 from gka_compile.custom_ops import config
 from gka_compile.custom_ops.reference import num_slots, storage_dtype
 from gka_compile.validation import MAX_WIDTH
 
 from .bundle_source import kernels_source
+from .sealed import Manifest, Sealed
 
 __all__ = [
     "ALIGNMENT",
@@ -78,8 +77,6 @@ __all__ = [
     "variants",
 ]
 
-FORMAT, VERSION = "gka-compile kernel bundle", 1
-MANIFEST = "manifest.json"
 SOURCE = "gka_kernels.inc"
 ALIGNMENT = 16  # bytes; torch and TensorRT align to 256
 
@@ -105,11 +102,13 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
     "max": max,
     "min": min,
 }
-Manifest = dict[str, Any]
 
 
 class BundleError(ValueError):
     """A folder that is not a bundle, not a whole one, or kernels that cannot be put into one."""
+
+
+SEALED = Sealed("a kernel bundle", "gka-compile kernel bundle", 1, "build the bundle again", BundleError)
 
 
 def evaluate(size: Size, B: int, T: int) -> int:
@@ -555,7 +554,7 @@ def build_bundle(
             f"got {compute_capabilities!r}"
         )
     folder = Path(folder)
-    _check_replaceable(folder)
+    SEALED.check_replaceable(folder)
     say = progress if progress is not None else lambda _: None
     described: dict[str, dict[str, Any]] = {}
     files: dict[str, bytes] = {}
@@ -566,39 +565,19 @@ def build_bundle(
             key = json.dumps(description)
             described.setdefault(key, description | {"targets": {}})["targets"][capability] = target
             files |= contents
-    manifest: Manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "gka_compile": __version__,
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton")},
-        "alignment": ALIGNMENT,
-        "variants": list(described.values()),
-    }
     portable = [c for c in chosen if _version(c)[0] < PORTABLE_BELOW]
-    files[SOURCE] = kernels_source(manifest["variants"], files, portable).encode()
-    manifest["files"] = {name: {"bytes": len(x), "sha256": _digest(x)} for name, x in sorted(files.items())}
-    manifest["sha256"] = _digest_of(manifest)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        built = Path(temporary) / folder.name
-        built.mkdir()
+    files[SOURCE] = kernels_source(list(described.values()), files, portable).encode()
+
+    def fill(built: Path) -> Manifest:
         for name, data in files.items():
             (built / name).write_bytes(data)
-        (built / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        if folder.exists():
-            _check_replaceable(folder)  # again: compiling took a while
-            folder.replace(Path(temporary) / "old")
-        built.replace(folder)
-    return manifest
+        return {
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "triton")},
+            "alignment": ALIGNMENT,
+            "variants": list(described.values()),
+        }
 
-
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if folder.is_symlink() or not folder.is_dir():
-        raise BundleError(f"{folder}: expected a new folder or a kernel bundle to replace, got something else of that name")
-    if any(folder.iterdir()):
-        _read(folder, "expected a new folder or a kernel bundle to replace")
+    return SEALED.write(folder, fill)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------------
@@ -610,16 +589,7 @@ def load_bundle(folder: str | Path) -> Manifest:
     Raises:
         BundleError: the folder or a file is absent, truncated or changed, or the format is another version's.
     """
-    folder = Path(folder)
-    manifest = _read(folder, "expected a kernel bundle")
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise BundleError(f"{folder}: expected the file {name} that {MANIFEST} lists, got none")
-        data = path.read_bytes()
-        if len(data) != entry["bytes"] or _digest(data) != entry["sha256"]:
-            raise BundleError(f"{path}: expected the size and SHA-256 that {MANIFEST} lists, got others: the file was changed")
-    return manifest
+    return SEALED.load(folder)
 
 
 def target_for(variant: Mapping[str, Any], capability: str) -> tuple[dict[str, Any], str]:
@@ -647,33 +617,3 @@ def target_for(variant: Mapping[str, Any], capability: str) -> tuple[dict[str, A
 def _version(capability: str) -> tuple[int, int]:
     major, minor = map(int, capability.split("."))
     return major, minor
-
-
-def _read(folder: Path, expected: str) -> Manifest:
-    """The manifest, itself checked, but not the files."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise BundleError(f"{folder}: {expected}, got no {MANIFEST} there")
-    try:
-        manifest = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BundleError(f"{path}: {expected}, got no JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise BundleError(f"{path}: {expected}, got JSON of another kind")
-    if manifest.get("version") != VERSION:
-        raise BundleError(
-            f"{path}: expected format version {VERSION} (gka-compile {__version__}), got {manifest.get('version')} "
-            f"(gka-compile {manifest.get('gka_compile')}): build the bundle again"
-        )
-    if manifest.get("sha256") != _digest_of(manifest):
-        raise BundleError(f"{path}: expected contents of the SHA-256 that it names, got others: the manifest was changed")
-    return manifest
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _digest_of(manifest: Manifest) -> str:
-    """SHA-256 of all but the field that holds it."""
-    return _digest(json.dumps({key: x for key, x in manifest.items() if key != "sha256"}, sort_keys=True).encode())

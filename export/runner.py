@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gka_compile.tokens import check_tokens, choose
 
-from .artifact import BACKENDS, ArtifactError, Manifest, load_manifest
+from .artifact import BACKENDS, ArtifactError, load_manifest
 from .backends import PROVIDERS, AOTInductor, Backend, ONNXRuntime, TensorRT
+from .sealed import Manifest
 
 __all__ = ["Runner"]
 

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from gka_compile.custom_ops import kernels, ops  # noqa: E402
 from gka_compile.custom_ops.kernels.decode import step_kernel  # noqa: E402
-from gka_compile.export import bundle  # noqa: E402
+from gka_compile.export import bundle, sealed  # noqa: E402
 from gka_compile.export.bundle import BundleError, Variant, build_bundle, evaluate, load_bundle, target_for, variants  # noqa: E402
 from gka_compile.export.driver import Driver  # noqa: E402
 
@@ -274,7 +274,7 @@ def test_failed_build_leaves_what_was_there(small: Path, tmp_path: Path, monkeyp
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(bundle, "_digest_of", fail)
+    monkeypatch.setattr(sealed, "digest_of", fail)
     for name in ("b", "new"):
         with pytest.raises(OSError, match="disk full"):
             build_bundle(tmp_path / name, asked, ["8.7"])

@@ -23,6 +23,7 @@ pytest.importorskip("onnxscript")
 from gka_compile.export import ArtifactError, Runner, export_program, load_manifest, save_artifact, to_aoti  # noqa: E402
 from gka_compile.export import artifact as artifact_module  # noqa: E402
 from gka_compile.export.backends import _runs  # noqa: E402
+from gka_compile.export.sealed import digest_of  # noqa: E402
 from gka_compile.export.to_onnx import nodes, present_name  # noqa: E402
 from gka_compile.model import ByteLM, ModelConfig  # noqa: E402
 
@@ -274,7 +275,7 @@ export.Runner.load(sys.argv[1], "aoti").prefill(torch.tensor([[1]]))
 def rewrite(folder: Path, **changes: Any) -> None:
     """A manifest that is consistent, but says something else."""
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
-    manifest["sha256"] = artifact_module._digest_of(manifest)
+    manifest["sha256"] = digest_of(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

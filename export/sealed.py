@@ -1,0 +1,115 @@
+"""Folders with a manifest that seals them: they appear whole or not at all, and every file is checked when one is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gka_compile import __version__
+
+__all__ = ["MANIFEST", "Manifest", "Sealed", "digest_of"]
+
+MANIFEST = "manifest.json"
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """One kind of such folders.
+
+    Attributes:
+        name: with its article, for messages.
+        format, version: what its manifests say they are.
+        remedy: for a folder of another version.
+        error: what is raised.
+    """
+
+    name: str
+    format: str
+    version: int
+    remedy: str
+    error: type[ValueError]
+
+    def check_replaceable(self, folder: Path) -> None:
+        """Raise unless ``folder`` is new, empty, or one of this kind."""
+        if not folder.exists() and not folder.is_symlink():
+            return
+        if folder.is_symlink() or not folder.is_dir():
+            raise self.error(f"{folder}: expected a new folder or {self.name} to replace, got something else of that name")
+        if any(folder.iterdir()):
+            self._read(folder, f"expected a new folder or {self.name} to replace")
+
+    def write(self, folder: Path, fill: Callable[[Path], Manifest]) -> Manifest:
+        """Make ``folder``, replacing an older one; ``fill`` writes the files and returns what the manifest says besides them."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            built = Path(temporary) / folder.name
+            built.mkdir()
+            manifest = {"format": self.format, "version": self.version, "gka_compile": __version__, **fill(built)}
+            manifest["files"] = {
+                path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
+                for path in sorted(built.iterdir(), key=lambda p: p.name)
+            }
+            manifest["sha256"] = digest_of(manifest)
+            (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            if folder.exists():
+                self.check_replaceable(folder)  # again: filling it took a while
+                folder.replace(Path(temporary) / "old")
+            built.replace(folder)
+        return manifest
+
+    def load(self, folder: str | Path) -> Manifest:
+        """The manifest of ``folder``, every file checked against it."""
+        folder = Path(folder)
+        manifest = self._read(folder, f"expected {self.name}")
+        for name, entry in manifest["files"].items():
+            path = folder / name
+            if Path(name).name != name:
+                raise self.error(f"{folder}: expected the names of files in the folder, got {name!r} in {MANIFEST}")
+            if not path.is_file():
+                raise self.error(f"{folder}: expected the file {name} that {MANIFEST} lists, got none")
+            if path.stat().st_size != entry["bytes"]:
+                raise self.error(f"{path}: expected {entry['bytes']} bytes, got {path.stat().st_size}: truncated or replaced")
+            if _digest(path) != entry["sha256"]:
+                raise self.error(f"{path}: expected the SHA-256 that {MANIFEST} lists, got another: the file was changed")
+        return manifest
+
+    def _read(self, folder: Path, expected: str) -> Manifest:
+        """The manifest, itself checked, but not the files."""
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise self.error(f"{folder}: {expected}, got no {MANIFEST} there")
+        try:
+            manifest = json.loads(path.read_text())
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise self.error(f"{path}: {expected}, got no JSON: {error}") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != self.format:
+            raise self.error(f"{path}: {expected}, got JSON of another kind")
+        if manifest.get("version") != self.version:
+            raise self.error(
+                f"{path}: expected format version {self.version} (gka-compile {__version__}), got {manifest.get('version')} "
+                f"(gka-compile {manifest.get('gka_compile')}): {self.remedy}"
+            )
+        if manifest.get("sha256") != digest_of(manifest):
+            raise self.error(f"{path}: expected contents of the SHA-256 that it names, got others: the manifest was changed")
+        return manifest
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of(manifest: Manifest) -> str:
+    """SHA-256 of all but the field that holds it."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
