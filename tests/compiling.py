@@ -58,8 +58,8 @@ def record(launcher: Any, *args: Any) -> list[Launch]:
     return launches
 
 
-def compile_for(launch: Launch, capability: int) -> Any:
-    """Compile a recorded launch for sm_``capability``."""
+def compile_for(launch: Launch, capability: int, ones: bool = False) -> Any:
+    """Compile a recorded launch for sm_``capability``; ``ones``: as if its integers were 1, which Triton takes for constants."""
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
@@ -72,6 +72,8 @@ def compile_for(launch: Launch, capability: int) -> Any:
         if isinstance(value, torch.Tensor):
             signature[name] = _TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif ones and isinstance(value, int):
+            signature[name], constants[(i,)] = "constexpr", 1
         else:
             signature[name] = "i32" if isinstance(value, int) else "fp32"
     source = ASTSource(launch.kernel, signature, constants, attributes)

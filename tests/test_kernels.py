@@ -65,6 +65,14 @@ def test_compiles_within_shared_memory(capability: int, dtype: torch.dtype, widt
         assert b"ELF" in compiled.asm["cubin"][:16]
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_for_sizes_of_one(op: str) -> None:
+    """Integer arguments are then Python's, as they are always in the analysis of torch 2.11, and have no methods of tensors."""
+    launcher, args = next((launcher, args) for name, launcher, args in launches(64, 64, torch.bfloat16, 90) if name == op)
+    for launch in record(launcher, *args):
+        assert b"ELF" in compile_for(launch, 90, ones=True).asm["cubin"][:16]
+
+
 OUTPUTS = {
     "chunk_state_kernel": {"h_chunks_ptr", "u_chunks_ptr", "scales_ptr", "h_out_ptr", "u_out_ptr"},
     "chunk_solve_kernel": {"x_ptr", "x_scale_ptr", "phi_ptr"},
