@@ -26,6 +26,7 @@ __all__ = [
     "chunk_state",
     "chunk_state_bwd",
     "num_slots",
+    "reciprocal",
     "recurrent_gka",
     "step",
 ]
@@ -208,7 +209,7 @@ def store_states(h: Tensor, u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
         return h.to(dtype), u.to(dtype), h.new_ones(h.shape[0], h.shape[1], 2, dtype=torch.float32)
     largest = torch.stack([h.abs().amax((-1, -2)), u.abs().amax((-1, -2))], -1)
     scales = torch.where(largest < TINY, 0.0, largest.clamp(min=TINY).log2().floor().clamp(-126, 126).exp2())
-    inverse_h, inverse_u = _reciprocal(scales)[..., None, None].unbind(2)
+    inverse_h, inverse_u = reciprocal(scales)[..., None, None].unbind(2)
     return (h * inverse_h).to(dtype), (u * inverse_u).to(dtype), scales
 
 
@@ -315,9 +316,9 @@ def _norm(x: Tensor) -> Tensor:
     return x.square().sum(-1, keepdim=True).sqrt()
 
 
-def _reciprocal(x: Tensor) -> Tensor:
+def reciprocal(x: Tensor) -> Tensor:
     """1/x, and 0 where x is (as good as) zero."""
-    return torch.where(x < TINY, 0.0, 1.0 / torch.where(x < TINY, 1.0, x))
+    return torch.where(x < TINY, 0.0, 1.0 / x.clamp(min=TINY))
 
 
 def _phi(k: Tensor, mask: Tensor, gamma: Tensor, h: Tensor) -> Tensor:
@@ -368,7 +369,7 @@ def _solve(
     series: Series = chebyshev_series,
 ) -> Tensor:
     """φ_t x_t for every row: the Chebyshev series of :mod:`.polynomial`, all chunks at once."""
-    gain = 2 * _reciprocal(phi)
+    gain = 2 * reciprocal(phi)
     return series(_z_chunk, (gain * gamma, gain * mask, k, h), rhs, ridge_ratio, num_iter)
 
 
@@ -414,8 +415,8 @@ def chunk_output(
     mask, gamma = decay_mask(y.c_h), y.c_h.exp().unsqueeze(-1)
     phi = _phi(y.k, mask, gamma, h)
     length = _norm(qc)
-    unit_x = _solve(qc * _reciprocal(length), y.k, mask, gamma, h, phi, ridge_ratio, num_iter, series)
-    x_scale = length * _reciprocal(phi)
+    unit_x = _solve(qc * reciprocal(length), y.k, mask, gamma, h, phi, ridge_ratio, num_iter, series)
+    x_scale = length * reciprocal(phi)
     r = _readout(qc, ac, unit_x * x_scale)
     inner = decay_mask(y.c_u) * (r.m @ y.k.transpose(-1, -2))
     o = scale * (y.c_u.exp().unsqueeze(-1) * (r.m @ u) + inner @ y.v)
@@ -466,10 +467,10 @@ def chunk_output_bwd(
     dm = scale * (c.c_u.exp().unsqueeze(-1) * (doc @ u.transpose(-1, -2)) + inner @ c.k)
     dx = dm if ac is None else ac * dm
     length = _norm(dx)
-    y = _solve(dx * _reciprocal(length), c.k, mask, gamma, h, phic, ridge_ratio, num_iter)
-    y_scale = length * _reciprocal(phic)
+    y = _solve(dx * reciprocal(length), c.k, mask, gamma, h, phic, ridge_ratio, num_iter)
+    y_scale = length * reciprocal(phic)
     dq = y * y_scale if ac is None else dm - dx + y * y_scale
-    eta = ridge_ratio * (r.x * y * y_scale).sum(-1) * _reciprocal(phic.squeeze(-1))
+    eta = ridge_ratio * (r.x * y * y_scale).sum(-1) * reciprocal(phic.squeeze(-1))
     mdm = (r.m * dm).sum(-1)
     dalpha = q.new_empty(0, dtype=dtype)
     if alpha is not None:
@@ -690,7 +691,7 @@ def step(
     h = h + ks.unsqueeze(-1) * ks.unsqueeze(-2)
     u = u + ks.unsqueeze(-1) * vs.unsqueeze(-2)
     phi = h.square().sum((-1, -2)).sqrt()[..., None]
-    x = series(_z_step, (2 * _reciprocal(phi), h), qs, ridge_ratio, num_iter) * _reciprocal(phi)
+    x = series(_z_step, (2 * reciprocal(phi), h), qs, ridge_ratio, num_iter) * reciprocal(phi)
     r = _readout(qs, None if alpha is None else alpha.to(dtype).unsqueeze(-1), x)
     o = scale * (r.m.unsqueeze(-2) @ u).squeeze(-2)
     return o.to(q.dtype), h, u

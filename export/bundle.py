@@ -71,6 +71,8 @@ __all__ = [
     "Variant",
     "build_bundle",
     "evaluate",
+    "is_optional",
+    "is_tensor",
     "known_capabilities",
     "load_bundle",
     "target_for",
@@ -167,7 +169,7 @@ class Variant:
                 raise ValueError(f"{name}: expected a head width that is a multiple of 8 from 8 to {MAX_WIDTH}, got {width}")
         if self.num_kv_heads < 1 or self.num_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: expected a divisor of num_heads = {self.num_heads}, got {self.num_kv_heads}")
-        known = [a.name for a in _schema(self.op) if _is_optional(a)]
+        known = [a.name for a in _schema(self.op) if is_optional(a)]
         unknown = [name for name in self.optional if name not in known]
         if unknown or len(set(self.optional)) != len(self.optional):
             raise ValueError(f"optional: expected some of {', '.join(known)}, each once, got {self.optional}")
@@ -214,7 +216,7 @@ def variants(program: ExportedProgram) -> list[Variant]:
             num_kv_heads=k.shape[-2],
             key_width=k.shape[-1],
             value_width=v.shape[-1],
-            optional=tuple(a.name for a in _schema(op) if _is_optional(a) and a.name in given),
+            optional=tuple(a.name for a in _schema(op) if is_optional(a) and a.name in given),
             gate_dtype=gate_dtypes.pop(),
             **{name: values[name] for name in ("chunk_size", "scale", "ridge_ratio", "num_iter") if name in values},
         )
@@ -228,11 +230,13 @@ def _schema(op: str, packed: bool = False) -> list[Any]:
     return [a for a in arguments if packed or a.name != "cu_seqlens"]
 
 
-def _is_tensor(argument: Any) -> bool:
+def is_tensor(argument: Any) -> bool:
+    """Of an op's schema."""
     return "Tensor" in str(argument.type)
 
 
-def _is_optional(argument: Any) -> bool:
+def is_optional(argument: Any) -> bool:
+    """Of an op's schema."""
     return "Optional" in str(argument.type)
 
 
@@ -388,9 +392,9 @@ def _describe(variant: Variant, C: int, sizes: _Sizes) -> tuple[dict[str, Any], 
     with sizes.mode:
         for argument in _schema(v.op, packed=True):
             name = argument.name
-            if not _is_tensor(argument):
+            if not is_tensor(argument):
                 args.append(scalars[name])
-            elif name in v.optional or not _is_optional(argument):
+            elif name in v.optional or not is_optional(argument):
                 tensors[name] = torch.empty(shapes[name], dtype=dtypes.get(name, torch.float32))
                 args.append(tensors[name])
             else:
@@ -403,7 +407,7 @@ def _describe(variant: Variant, C: int, sizes: _Sizes) -> tuple[dict[str, Any], 
             for n, t in tensors.items()
         ]
 
-    attributes = {a.name: scalars[a.name] for a in _schema(v.op) if not _is_tensor(a)}
+    attributes = {a.name: scalars[a.name] for a in _schema(v.op) if not is_tensor(a)}
     description = {"op": v.op, "attributes": attributes, "inputs": described(tensors), "outputs": described(outputs)}
     return description, {**tensors, **outputs}, args
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gka_compile.custom_ops.polynomial import chebyshev_coefficients
-from gka_compile.custom_ops.reference import TINY, compute_dtype, load_states, storage_dtype, store_states
+from gka_compile.custom_ops.reference import compute_dtype, load_states, reciprocal, storage_dtype, store_states
 
 __all__ = ["chunk_output", "chunk_state", "decays_between", "step"]
 
@@ -71,11 +71,6 @@ def _grouped(c: list[float], m: int) -> list[list[float]]:
 
 
 # --- chunks ------------------------------------------------------------------------------------------------------------------
-
-
-def _reciprocal(x: Tensor) -> Tensor:
-    """1/x, and 0 where x is (as good as) zero."""
-    return torch.where(x < TINY, 0.0, 1.0 / x.clamp(min=TINY))
 
 
 def _norm(x: Tensor, *dims: int) -> Tensor:
@@ -190,9 +185,9 @@ def chunk_output(
     h, u = (x.unflatten(0, (B, -1)).transpose(1, 2).flatten(0, 2) for x in load_states(h_chunks, u_chunks, state_scales))
 
     size, length, q_length = _norm(h, -1, -2), _norm(kc, -1), _norm(qc, -1)
-    unit = kc * _reciprocal(length)
+    unit = kc * reciprocal(length)
     unit_t = unit.transpose(-1, -2)
-    start = h * _reciprocal(size)
+    start = h * reciprocal(size)
 
     def extended(y: Tensor) -> Tensor:
         return torch.cat([y, y @ unit_t], -1)
@@ -215,14 +210,14 @@ def chunk_output(
     w0, w = gamma_h * size, decay_h * length.square().transpose(-1, -2)
     square = w0.square() + 2 * w0 * (w @ cross) + ((w @ gram) * w).sum(-1, keepdim=True)
     phi = square.clamp(min=0).sqrt()
-    inverse = _reciprocal(phi)
+    inverse = reciprocal(phi)
     gain, right = joined(w0, w) * (4 * inverse), m.half() if mixed else m
 
     def product(y: Tensor) -> Tensor:
         """[4H_t/φ_t y_t | the same K̃ᵀ] for every row t."""
         return ((gain * y).to(right.dtype) @ right).to(dtype)
 
-    y = extended(qc * _reciprocal(q_length))
+    y = extended(qc * reciprocal(q_length))
     x = _clenshaw(product, [c * y for c in _coefficients(ridge_ratio, num_iter)])
     x_scale = q_length * inverse
     read = x * x_scale
@@ -278,7 +273,7 @@ def step(
     column = kr.transpose(-1, -2)
     h = (h if gk is None else h * gk.to(dtype).exp()[..., None, None]) + column * kr
     u = (u if g is None else u * g.to(dtype).exp()[..., None, None]) + column * vr
-    inverse = _reciprocal(_norm(h, -1, -2))
+    inverse = reciprocal(_norm(h, -1, -2))
     x = _solve_step(2 * inverse * h, qr, ridge_ratio, num_iter) * inverse
     m = x if alpha is None else qr + alpha.to(dtype)[..., None, None] * (x - qr)
     return (scale * (m @ u)).squeeze(2).to(q.dtype), h, u

@@ -24,7 +24,7 @@ from torch.export import Dim, ExportedProgram
 
 from gka_compile.custom_ops.reference import num_slots
 
-from .bundle import OPS, variants
+from .bundle import OPS, is_optional, is_tensor, variants
 from .portable import Table, decompositions, portable
 from .program import BATCH, LENGTH
 
@@ -179,7 +179,7 @@ def _forward_ops() -> dict[str, OpOverload]:
 
 def _tensors(op: OpOverload) -> list[Any]:
     """Its tensor arguments."""
-    return [a for a in op._schema.arguments if "Tensor" in str(a.type)]
+    return [a for a in op._schema.arguments if is_tensor(a)]
 
 
 def _for_kernels(program: ExportedProgram, chunk_size: int | None) -> ExportedProgram:
@@ -224,7 +224,7 @@ def _translation(op: OpOverload) -> Callable[..., Any]:
         op._opname,
         DOMAIN,
         DOMAIN_VERSION,
-        inputs=[parameter(a.name, "Optional" in str(a.type)) for a in tensors],
+        inputs=[parameter(a.name, is_optional(a)) for a in tensors],
         outputs=[parameter(name, False) for name in OPS[op._opname]],
         type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int64)"], "")],
         attributes=[OpSchema.Attribute(a.name, kinds[str(a.type)]) for a in scalars],

@@ -23,7 +23,6 @@ from .tile import (
     load_block,
     load_row_block,
     load_rows,
-    load_rows_of_state,
     load_scalars,
     load_state,
     load_tile,
@@ -299,7 +298,7 @@ def key_block(
     v = load_tile(v_ptr, first, end, Hk, kv_head, 0, V, C, BV)
     if HAS_OUTPUT:
         do = load_tile(do_ptr, first, end, H, head, 0, V, C, BV)
-    d = load_rows_of_state(du_chunks_ptr, matrix, first_column, K, V, BE, BV)
+    d = load_block(du_chunks_ptr, matrix, first_column, 0, K, V, BE, BV)
     beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
     c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
     total = last(c, C)
@@ -325,7 +324,7 @@ def key_block(
     k_block = load_row_block(k_ptr, first, end, Hk, kv_head, first_column, K, C, BE) * reciprocal(k_unit)[:, None]
     dk_k = tl.sum(dk * k_block, 1)
     if HAS_G:
-        u = load_rows_of_state(u_chunks_ptr, matrix, first_column, K, V, BE, BV)
+        u = load_block(u_chunks_ptr, matrix, first_column, 0, K, V, BE, BV)
         u_scale = tl.load(scales_ptr + matrix * 2 + 1)
         end_product = tl.exp(total) * d_scale * u_scale * inner_product(d, u)
         end_product += tl.sum(tl.sum(at_end * k_block, 1) * key_scale, 0)
@@ -339,12 +338,12 @@ def key_block(
     k_block = load_row_block(k_ptr, first, end, Hk, kv_head, first_column, K, C, BE) * reciprocal(k_unit)[:, None]
     c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
     total = last(c, C)
-    d = load_block(dh_chunks_ptr, matrix, first_column, K, K, BK, BE)
+    d = load_block(dh_chunks_ptr, matrix, 0, first_column, K, K, BK, BE)
     d_scale = tl.load(dscales_ptr + matrix * 2)
     h_scale = tl.load(scales_ptr + matrix * 2)
     dk_h = product(k, d, OPERAND) * (2.0 * d_scale * key_scale * tl.exp(total - c))[:, None]
     if HAS_OUTPUT or HAS_GK:
-        h = load_block(h_chunks_ptr, matrix, first_column, K, K, BK, BE)
+        h = load_block(h_chunks_ptr, matrix, 0, first_column, K, K, BK, BE)
     if HAS_GK:
         end_product = tl.exp(total) * d_scale * h_scale * inner_product(d, h)
         end_product += 0.5 * tl.sum(tl.sum(dk_h * k_block, 1) * key_scale, 0)
@@ -425,7 +424,7 @@ def value_block(
     k, k_unit = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
     key_scale = k_unit * beta
     c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
-    d = load_block(du_chunks_ptr, matrix, first_column, K, V, BK, BE)
+    d = load_block(du_chunks_ptr, matrix, 0, first_column, K, V, BK, BE)
     d_scale = tl.load(dscales_ptr + matrix * 2 + 1)
     dv = product(k, d, OPERAND) * (d_scale * tl.exp(last(c, C) - c) * key_scale)[:, None]
     if HAS_OUTPUT:
@@ -632,8 +631,9 @@ def launch_chunk_grads(
     BE = min(config.GRADS_COLUMNS, block(K), block(V))
     key_blocks, value_blocks = triton.cdiv(K, BE), triton.cdiv(V, BE)
     dk, dv, *gates = out
-    # every block of columns leaves what it adds
-    parts = [x.new_empty(*x.shape, n) for x, n in zip(gates, (key_blocks, key_blocks, key_blocks + value_blocks), strict=True)]
+    # every block of columns leaves what it adds; what a single one leaves is all
+    counts = (key_blocks, key_blocks, key_blocks + value_blocks)
+    parts = [x if n == 1 else x.new_empty(*x.shape, n) for x, n in zip(gates, counts, strict=True)]
     common = shared_options(H, k, beta, cu, C)
     with on_device(k):
         wrap_triton(chunk_grads_kernel)[(h_chunks.shape[0] * (key_blocks + value_blocks), Hk)](
@@ -654,5 +654,5 @@ def launch_chunk_grads(
             **settings("chunk_grads", k, K, V),
         )
         for x, part in zip(gates, parts, strict=True):
-            if x.numel():
+            if part is not x and x.numel():
                 torch.sum(part, -1, out=x)

@@ -23,7 +23,6 @@ __all__ = [
     "load_block",
     "load_row_block",
     "load_rows",
-    "load_rows_of_state",
     "load_scalars",
     "load_state",
     "load_tile",
@@ -260,25 +259,17 @@ def last(x, C: tl.constexpr):
 
 
 @triton.jit
-def load_block(ptr, matrix, first_column, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
-    """Columns first_column … + BE of a stored state [.., D, E], in its storage dtype."""
-    row = tl.arange(0, BD)[:, None]
-    column = first_column + tl.arange(0, BE)[None, :]
-    return tl.load(ptr + matrix * (D * E) + row * E + column, mask=(row < D) & (column < E), other=0.0)
-
-
-@triton.jit
-def load_rows_of_state(ptr, matrix, first_row, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
-    """Rows first_row … + BD of a stored state [.., D, E], in its storage dtype."""
+def load_block(ptr, matrix, first_row, first_column, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
+    """Rows first_row … + BD and columns first_column … + BE of a stored state [.., D, E], in its storage dtype."""
     row = first_row + tl.arange(0, BD)[:, None]
-    column = tl.arange(0, BE)[None, :]
+    column = first_column + tl.arange(0, BE)[None, :]
     return tl.load(ptr + matrix * (D * E) + row * E + column, mask=(row < D) & (column < E), other=0.0)
 
 
 @triton.jit
 def largest_entry(ptr, matrix, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr):
     """Of a state [.., D, E]."""
-    return tl.max(tl.max(tl.abs(load_block(ptr, matrix, 0, D, E, BD, BE)), 1), 0)
+    return tl.max(tl.max(tl.abs(load_block(ptr, matrix, 0, 0, D, E, BD, BE)), 1), 0)
 
 
 @triton.jit
@@ -289,7 +280,7 @@ def load_state(
 
     WHICH: 0 for H, 1 for U, the state's place among the scales [.., 2].
     """
-    return load_block(ptr, matrix, first_column, D, E, BD, BE), tl.load(scale_ptr + matrix * 2 + WHICH)
+    return load_block(ptr, matrix, 0, first_column, D, E, BD, BE), tl.load(scale_ptr + matrix * 2 + WHICH)
 
 
 @triton.jit
