@@ -34,7 +34,8 @@ GRADS_COLUMNS = 64  # columns of dk or dv that one program computes
 
 # (num_warps, num_stages) of each kernel up to a width of 64 and beyond; nothing is tuned at run time.
 _LAUNCH = {
-    "chunk_state": ((4, 2), (8, 3)),
+    "chunk_factors": ((4, 1), (4, 1)),
+    "chunk_state": ((4, 2), (4, 3)),
     "chunk_solve": ((4, 1), (4, 1)),
     "chunk_read": ((4, 1), (4, 1)),
     "chunk_read_bwd": ((4, 1), (4, 1)),

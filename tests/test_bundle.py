@@ -144,10 +144,17 @@ def test_expressions_are_those_of_real_launches(op: str, given: tuple[str, ...],
                  if isinstance(x, torch.Tensor)}  # fmt: skip
         launches = recorded(getattr(kernels, f"launch_{op}"), *args, outputs)
         assert len(launches) == len(target["launches"])
+        temporaries: list[torch.Tensor] = []
         for launch, (kernel, grid, arguments, options) in zip(target["launches"], launches, strict=True):
             assert launch["kernel"] == kernel
             assert [evaluate(n, B, T) for n in launch["grid"]] == list(grid)
             assert launch["threads"] == 32 * options["num_warps"]
+            for x in arguments.values():
+                if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in named:  # allocated by the launcher
+                    temporary = target["temporaries"][len(temporaries)]
+                    assert evaluate(temporary["bytes"], B, T) == x.untyped_storage().nbytes()
+                    named[x.untyped_storage()._cdata] = temporary["name"]
+                    temporaries.append(x)
             real = [named[x.untyped_storage()._cdata] if isinstance(x, torch.Tensor) else x for x in arguments.values()]
             traced = [a["pointer"] if "pointer" in a else evaluate(a["integer"], B, T) for a in launch["arguments"]]
             scratch = [x for x in traced if x is None]

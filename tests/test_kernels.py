@@ -74,6 +74,7 @@ def test_compiles_for_sizes_of_one(op: str) -> None:
 
 
 OUTPUTS = {
+    "chunk_factors_kernel": {"factors_ptr", "sums_ptr"},
     "chunk_state_kernel": {"h_chunks_ptr", "u_chunks_ptr", "scales_ptr", "h_out_ptr", "u_out_ptr"},
     "chunk_solve_kernel": {"x_ptr", "x_scale_ptr", "phi_ptr"},
     "chunk_read_kernel": {"o_ptr"},

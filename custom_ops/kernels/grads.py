@@ -175,7 +175,7 @@ def chunk_state_bwd_kernel(
                 do_scale = unit_scale(tl.max(tl.abs(load_rows(do_ptr, first, end, H, head, V, C, BV)), 1))
                 do = load_row_block(do_ptr, first, end, H, head, first_column, V, C, BE) * reciprocal(do_scale)[:, None]
                 weight = SCALE * tl.exp(c) * m_scale * do_scale
-                d += outer_sum(m, do, weight, False, OPERAND)
+                d += outer_sum(m, do, weight, OPERAND)
                 bound += 4.0 * tl.sum(tl.abs(weight), 0)
         tl.store(du0_ptr + corner + row * V + column, d, mask=inside)
 

@@ -2,34 +2,103 @@
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch.library import wrap_triton
 
 from .. import config
-from .launch import Tensors, block, compact, on_device, operand, present, settings
+from .launch import Tensors, block, compact, on_device, present, settings, shared_options
 from .tile import (
+    dense_rows,
     largest_entry,
     last,
     load_row_block,
     load_rows,
     load_scalars,
-    outer_sum,
+    load_tile,
+    outer_product,
+    packed_rows,
+    power_of_two,
     reciprocal,
     store_state,
-    unit_rows,
     unit_scale,
 )
 
-__all__ = ["chunk_state_kernel", "launch_chunk_state"]
+__all__ = ["chunk_factors_kernel", "chunk_state_kernel", "launch_chunk_state"]
+
+
+@triton.jit
+def chunk_factors_kernel(
+    k_ptr,  # [rows, Hk, K]
+    v_ptr,  # [rows, Hk, V]
+    g_ptr,  # [rows, H]
+    gk_ptr,  # [rows, H]
+    beta_ptr,  # [rows, H]
+    cu_ptr,  # [N + 1]
+    factors_ptr,  # [S, H, 3, C]
+    sums_ptr,  # [S, H, 2, 3]
+    N,
+    T,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_G: tl.constexpr,
+    HAS_GK: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Grid (slots, heads). All that the scan needs beside tiles: sums over threads would hold up each of its steps.
+
+    factors: what k is multiplied with to be unit rows, k and v to be the other operand of what a chunk adds to H and U.
+    sums, of H and of U: the decay of the state over the chunk, a power of two divided out of those operands, and what the chunk
+    adds to the bound of the state's entries.
+    """
+    slot = tl.program_id(0)
+    h = tl.program_id(1)
+    if PACKED:
+        first, end = packed_rows(slot, cu_ptr, N, C)
+    else:
+        first, end = dense_rows(slot, T, C)
+    matrix = slot.to(tl.int64) * H + h
+    k = load_tile(k_ptr, first, end, Hk, h // (H // Hk), 0, K, C, BK)
+    v = load_tile(v_ptr, first, end, Hk, h // (H // Hk), 0, V, C, BV)
+    g = load_scalars(g_ptr, first, end, H, h, 0.0, C, HAS_G)
+    gk = load_scalars(gk_ptr, first, end, H, h, 0.0, C, HAS_GK)
+    beta = load_scalars(beta_ptr, first, end, H, h, 1.0, C, HAS_BETA)
+    k_unit = unit_scale(tl.max(tl.abs(k.to(tl.float32)), 1))
+    v_unit = unit_scale(tl.max(tl.abs(v.to(tl.float32)), 1))
+    row = tl.arange(0, C)
+    tl.store(factors_ptr + matrix * (3 * C) + row, reciprocal(k_unit))
+    store_factor(factors_ptr, sums_ptr, matrix, 0, gk, beta * beta * k_unit, k_unit, C)
+    store_factor(factors_ptr, sums_ptr, matrix, 1, g, beta * beta * k_unit, v_unit, C)
+
+
+@triton.jit
+def store_factor(factors_ptr, sums_ptr, matrix, WHICH: tl.constexpr, decay, left, unit, C: tl.constexpr):
+    """Factors of the second operand, rows of size ``unit`` with weights left · unit · decay until the chunk's end."""
+    c = tl.cumsum(decay, 0)
+    total = last(c, C)
+    weight = tl.exp(total - c) * left * unit
+    s = power_of_two(tl.max(weight, 0))
+    place = matrix * (3 * C) + (1 + WHICH) * C + tl.arange(0, C)
+    tl.store(factors_ptr + place, weight * (1.0 / s) * reciprocal(unit))
+    tl.store(sums_ptr + matrix * 6 + WHICH * 3, tl.exp(total))
+    tl.store(sums_ptr + matrix * 6 + WHICH * 3 + 1, s)
+    tl.store(sums_ptr + matrix * 6 + WHICH * 3 + 2, 4.0 * tl.sum(weight, 0))
 
 
 @triton.jit
 def scan_block(
     k_ptr,
     w_ptr,  # k for columns of H, v for columns of U
-    decay_ptr,  # gk or g
-    beta_ptr,
+    factors_ptr,
+    sums_ptr,
     start_ptr,  # [N, H, K, E] initial state
     chunks_ptr,  # [S, H, K, E]
     scales_ptr,  # [S, H, 2]
@@ -50,8 +119,6 @@ def scan_block(
     BW: tl.constexpr,  # block of E
     BE: tl.constexpr,
     OPERAND: tl.constexpr,
-    HAS_DECAY: tl.constexpr,
-    HAS_BETA: tl.constexpr,
     HAS_START: tl.constexpr,
 ):
     """Columns first_column … + BE of one state over one sequence; the state stays in registers in float32.
@@ -70,21 +137,18 @@ def scan_block(
         state = tl.zeros((BK, BE), tl.float32)
         bound = tl.full((), 0.0, tl.float32)
     head = h // (H // Hk)
+    token = tl.arange(0, C)
     for i in range(tl.cdiv(end - begin, C)):
         first = begin + i * C
         matrix = (first_slot + i).to(tl.int64) * H + h
         store_state(chunks_ptr, scales_ptr, state, bound, matrix, WHICH, first_column, K, E, BK, BE)
-        c = tl.cumsum(load_scalars(decay_ptr, first, end, H, h, 0.0, C, HAS_DECAY), 0)
-        beta = load_scalars(beta_ptr, first, end, H, h, 1.0, C, HAS_BETA)
-        total = last(c, C)
-        k, k_unit = unit_rows(load_rows(k_ptr, first, end, Hk, head, K, C, BK))
-        w = load_row_block(w_ptr, first, end, Hk, head, first_column, E, C, BE)
-        w_unit = k_unit
-        if WHICH == 1:
-            w_unit = unit_scale(tl.max(tl.abs(load_rows(w_ptr, first, end, Hk, head, E, C, BW)), 1))
-        weight = tl.exp(total - c) * beta * beta * k_unit * w_unit
-        state = tl.exp(total) * state + outer_sum(k, w * reciprocal(w_unit)[:, None], weight, True, OPERAND)
-        bound = tl.exp(total) * bound + 4.0 * tl.sum(weight, 0)
+        factors = factors_ptr + matrix * (3 * C) + token
+        k = load_rows(k_ptr, first, end, Hk, head, K, C, BK) * tl.load(factors)[:, None]
+        w = load_row_block(w_ptr, first, end, Hk, head, first_column, E, C, BE) * tl.load(factors + (1 + WHICH) * C)[:, None]
+        sums = sums_ptr + matrix * 6 + WHICH * 3
+        decay = tl.load(sums)
+        state = decay * state + outer_product(k, w, True, OPERAND) * tl.load(sums + 1)
+        bound = decay * bound + tl.load(sums + 2)
     tl.store(final_ptr + place, state, mask=inside)
 
 
@@ -92,9 +156,8 @@ def scan_block(
 def chunk_state_kernel(
     k_ptr,  # [rows, Hk, K]
     v_ptr,  # [rows, Hk, V]
-    g_ptr,  # [rows, H]
-    gk_ptr,  # [rows, H]
-    beta_ptr,  # [rows, H]
+    factors_ptr,  # [S, H, 3, C]
+    sums_ptr,  # [S, H, 2, 3]
     h0_ptr,  # [N, H, K, K]
     u0_ptr,  # [N, H, K, V]
     cu_ptr,  # [N + 1]
@@ -113,9 +176,6 @@ def chunk_state_kernel(
     BV: tl.constexpr,
     BE: tl.constexpr,
     OPERAND: tl.constexpr,
-    HAS_G: tl.constexpr,
-    HAS_GK: tl.constexpr,
-    HAS_BETA: tl.constexpr,
     HAS_H0: tl.constexpr,
     HAS_U0: tl.constexpr,
     PACKED: tl.constexpr,
@@ -136,13 +196,13 @@ def chunk_state_kernel(
     # fmt: off
     if block < h_blocks:
         scan_block(
-            k_ptr, k_ptr, gk_ptr, beta_ptr, h0_ptr, h_chunks_ptr, scales_ptr, h_out_ptr,
-            n, h, begin, end, first_slot, block * BE, H, Hk, 0, K, K, C, BK, BK, BE, OPERAND, HAS_GK, HAS_BETA, HAS_H0,
+            k_ptr, k_ptr, factors_ptr, sums_ptr, h0_ptr, h_chunks_ptr, scales_ptr, h_out_ptr,
+            n, h, begin, end, first_slot, block * BE, H, Hk, 0, K, K, C, BK, BK, BE, OPERAND, HAS_H0,
         )
     else:
         scan_block(
-            k_ptr, v_ptr, g_ptr, beta_ptr, u0_ptr, u_chunks_ptr, scales_ptr, u_out_ptr,
-            n, h, begin, end, first_slot, (block - h_blocks) * BE, H, Hk, 1, K, V, C, BK, BV, BE, OPERAND, HAS_G, HAS_BETA, HAS_U0,
+            k_ptr, v_ptr, factors_ptr, sums_ptr, u0_ptr, u_chunks_ptr, scales_ptr, u_out_ptr,
+            n, h, begin, end, first_slot, (block - h_blocks) * BE, H, Hk, 1, K, V, C, BK, BV, BE, OPERAND, HAS_U0,
         )
     # fmt: on
 
@@ -152,27 +212,37 @@ def launch_chunk_state(
 ) -> None:
     """Fill ``out`` as ``ops.chunk_state`` describes."""
     k, v, g, gk, beta, h0, u0, cu = compact(k, v, g, gk, beta, h0, u0, cu_seqlens)
-    B, T, Hk, K = k.shape
+    B, T, _, K = k.shape
     V, N = v.shape[-1], B if cu is None else cu.shape[0] - 1
     BE = min(config.STATE_COLUMNS, block(K), block(V))
     grid = (triton.cdiv(K, BE) + triton.cdiv(V, BE), H, N)
+    S = out[0].shape[0]
+    factors = k.new_empty(S, H, 3, C, dtype=torch.float32)
+    sums = k.new_empty(S, H, 2, 3, dtype=torch.float32)
+    common = shared_options(H, k, beta, cu, C)
+    has_beta = common.pop("HAS_BETA")
     with on_device(k):
-        wrap_triton(chunk_state_kernel)[grid](
-            *(k, v, *present(k, g, gk, beta, h0, u0, cu), *out, T),
-            H=H,
-            Hk=Hk,
+        wrap_triton(chunk_factors_kernel)[(S, H)](
+            *(k, v, *present(k, g, gk, beta, cu), factors, sums, 1 if cu is None else N, T),
             K=K,
             V=V,
-            C=C,
+            BK=block(K),
+            BV=block(V),
+            HAS_G=g is not None,
+            HAS_GK=gk is not None,
+            HAS_BETA=has_beta,
+            **common,
+            **settings("chunk_factors", k, K, V),
+        )
+        wrap_triton(chunk_state_kernel)[grid](
+            *(k, v, factors, sums, *present(k, h0, u0, cu), *out, T),
+            K=K,
+            V=V,
             BK=block(K),
             BV=block(V),
             BE=BE,
-            OPERAND=operand(k.dtype),
-            HAS_G=g is not None,
-            HAS_GK=gk is not None,
-            HAS_BETA=beta is not None,
             HAS_H0=h0 is not None,
             HAS_U0=u0 is not None,
-            PACKED=cu is not None,
+            **common,
             **settings("chunk_state", k, K, V),
         )

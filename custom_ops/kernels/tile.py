@@ -26,6 +26,7 @@ __all__ = [
     "load_scalars",
     "load_state",
     "load_tile",
+    "outer_product",
     "outer_sum",
     "packed_rows",
     "power_of_two",
@@ -213,17 +214,22 @@ def weighted_product(p, weight, b, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def outer_sum(a, b, weight, EXACT: tl.constexpr, OPERAND: tl.constexpr):
-    """Σ_t weight_t a_t b_tᵀ [BD, BE] of unit rows a [C, BD], b [C, BE], a with no more digits than OPERAND has.
+def outer_product(a, b, EXACT: tl.constexpr, OPERAND: tl.constexpr):
+    """aᵀ @ b [BD, BE] of a [C, BD] with no more digits than OPERAND has, b [C, BE].
 
-    EXACT: the digits of weight · b are kept by splitting it in two.
+    EXACT: the digits of b are kept by splitting it in two.
     """
-    s = power_of_two(tl.max(tl.abs(weight), 0))
-    weighted = b * (weight * (1.0 / s))[:, None]
-    total = product_into(a, weighted, tl.zeros((a.shape[1], b.shape[1]), tl.float32), OPERAND, True)
+    total = product_into(a, b, tl.zeros((a.shape[1], b.shape[1]), tl.float32), OPERAND, True)
     if EXACT and OPERAND != tl.float32:
-        total = product_into(a, weighted - weighted.to(OPERAND).to(tl.float32), total, OPERAND, True)
-    return total * s
+        total = product_into(a, b - b.to(OPERAND).to(tl.float32), total, OPERAND, True)
+    return total
+
+
+@triton.jit
+def outer_sum(a, b, weight, OPERAND: tl.constexpr):
+    """Σ_t weight_t a_t b_tᵀ [BD, BE] of unit rows a [C, BD], b [C, BE]."""
+    s = power_of_two(tl.max(tl.abs(weight), 0))
+    return outer_product(a, b * (weight * (1.0 / s))[:, None], False, OPERAND) * s
 
 
 @triton.jit
