@@ -2,7 +2,17 @@
 
 import torch
 
-__all__ = ["CPU_CHUNK", "GRADS_COLUMNS", "NUM_ITER", "RIDGE_RATIO", "STATE_COLUMNS", "chunk_size", "gpu_chunk", "launch_settings"]
+__all__ = [
+    "COTANGENT_COLUMNS",
+    "CPU_CHUNK",
+    "GRADS_COLUMNS",
+    "NUM_ITER",
+    "RIDGE_RATIO",
+    "STATE_COLUMNS",
+    "chunk_size",
+    "gpu_chunk",
+    "launch_settings",
+]
 
 RIDGE_RATIO = 0.02  # a in λ = a‖H‖_F
 NUM_ITER = 30  # Chebyshev iterations; the error shrinks by 0.754 in each at a = 0.02
@@ -30,6 +40,7 @@ def gpu_chunk(major: int, itemsize: int, K: int, V: int) -> int:
 
 
 STATE_COLUMNS = 64  # columns of a state that one program carries through time
+COTANGENT_COLUMNS = 32  # … of its cotangent: smaller programs, so that long sequences of small batches fill the GPU
 GRADS_COLUMNS = 64  # columns of dk or dv that one program computes
 
 # (num_warps, num_stages) of each kernel up to a width of 64 and beyond; nothing is tuned at run time.
@@ -40,7 +51,8 @@ _LAUNCH = {
     "chunk_read": ((4, 1), (4, 1)),
     "chunk_read_bwd": ((4, 1), (4, 1)),
     "chunk_solve_bwd": ((4, 1), (4, 1)),
-    "chunk_state_bwd": ((4, 1), (8, 2)),
+    "cotangent_factors": ((4, 1), (4, 1)),
+    "chunk_state_bwd": ((4, 2), (4, 2)),
     "chunk_grads": ((4, 1), (4, 1)),
     "step": ((4, 1), (4, 1)),
 }

@@ -1,7 +1,7 @@
 """chunk_state_bwd and chunk_grads: cotangents of the states, backwards in time, and of all that made them.
 
-Token t pulls G_t = −½(y_t x_tᵀ + x_t y_tᵀ) − η_t H_t out of H_t and scale · m_t do_tᵀ out of U_t.  Both kernels read a token's
-x, y, m and do as unit rows and a float32 factor.
+Token t pulls G_t = −½(y_t x_tᵀ + x_t y_tᵀ) − η_t H_t out of H_t and scale · m_t do_tᵀ out of U_t.  The kernels read a
+token's x, y, m, q and do as unit rows and a float32 factor.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch.library import wrap_triton
 
 from .. import config
-from .launch import Tensors, block, compact, on_device, operand, present, settings, shared_options
+from .launch import Tensors, block, compact, on_device, present, settings, shared_options
 from .tile import (
     decay_mask,
     decay_mask_transposed,
@@ -26,7 +26,7 @@ from .tile import (
     load_scalars,
     load_state,
     load_tile,
-    outer_sum,
+    outer_product,
     packed_rows,
     power_of_two,
     product,
@@ -41,25 +41,112 @@ from .tile import (
     weighted_product,
 )
 
-__all__ = ["chunk_grads_kernel", "chunk_state_bwd_kernel", "launch_chunk_grads", "launch_chunk_state_bwd"]
+__all__ = [
+    "chunk_grads_kernel",
+    "chunk_state_bwd_kernel",
+    "cotangent_factors_kernel",
+    "launch_chunk_grads",
+    "launch_chunk_state_bwd",
+]
+
+
+@triton.jit
+def cotangent_factors_kernel(
+    k_ptr,  # [rows, Hk, K]
+    g_ptr,  # [rows, H]
+    gk_ptr,  # [rows, H]
+    beta_ptr,  # [rows, H]
+    do_ptr,  # [rows, H, V]
+    q_ptr,  # [rows, H, K]
+    alpha_ptr,  # [rows, H]
+    x_scale_ptr,  # [rows, H]
+    y_scale_ptr,  # [rows, H]
+    eta_ptr,  # [rows, H]
+    cu_ptr,  # [N + 1]
+    factors_ptr,  # [S, H, 6, C]
+    sums_ptr,  # [S, H, 7]
+    N,
+    T,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_G: tl.constexpr,
+    HAS_GK: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Grid (slots, heads). All that chunk_state_bwd_kernel needs beside tiles, as chunk_factors_kernel does for chunk_state_kernel.
+
+    factors: what rows are multiplied with to be operands; 0: k, unit rows; 1 and 2: k and, against each other, x and y, with the
+    weights of H; 3: q, unit rows; 4 and 5: do, with the weights of q doᵀ and x doᵀ.
+    sums: of H the decay over the chunk, the power of two divided out of factors 1 and 2, what they add to the bound of the entries,
+    and Σ_t γ_t² η_t; of U the first three.
+    """
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
+    if PACKED:
+        first, end = packed_rows(slot, cu_ptr, N, C)
+    else:
+        first, end = dense_rows(slot, T, C)
+    matrix = slot.to(tl.int64) * H + head
+    factors = factors_ptr + matrix * (6 * C) + tl.arange(0, C)
+    sums = sums_ptr + matrix * 7
+    c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
+    tl.store(sums, tl.exp(last(c, C)))
+    c_u = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
+    tl.store(sums + 4, tl.exp(last(c_u, C)))
+    if HAS_OUTPUT:
+        gamma = tl.exp(c)
+        eta = gamma * load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
+        k_unit = unit_scale(tl.max(tl.abs(load_rows(k_ptr, first, end, Hk, head // (H // Hk), K, C, BK)), 1))
+        k_scale = k_unit * load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+        k_weight = tl.sum(decay_mask(c, C) * eta[:, None], 0) * k_scale * k_scale
+        x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
+        xy_weight = 0.5 * gamma * x_scale * load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
+        s = power_of_two(tl.max(tl.maximum(tl.abs(k_weight), tl.abs(xy_weight)), 0))
+        tl.store(factors, reciprocal(k_unit))
+        tl.store(factors + C, k_weight * reciprocal(k_unit) / s)
+        tl.store(factors + 2 * C, xy_weight / s)
+        tl.store(sums + 1, s)
+        tl.store(sums + 2, 4.0 * tl.sum(tl.abs(k_weight) + 2.0 * tl.abs(xy_weight), 0))
+        tl.store(sums + 3, tl.sum(gamma * eta, 0))
+
+        do_unit = unit_scale(tl.max(tl.abs(load_rows(do_ptr, first, end, H, head, V, C, BV)), 1))
+        weight = SCALE * tl.exp(c_u) * do_unit
+        x_weight = weight * x_scale
+        q_weight = tl.zeros_like(weight)
+        if HAS_ALPHA:  # m = (1 − α) q + α x
+            alpha = load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)
+            q_unit = unit_scale(tl.max(tl.abs(load_rows(q_ptr, first, end, H, head, K, C, BK)), 1))
+            x_weight *= alpha
+            q_weight = weight * (1.0 - alpha) * q_unit
+            tl.store(factors + 3 * C, reciprocal(q_unit))
+        s = power_of_two(tl.max(tl.maximum(tl.abs(q_weight), tl.abs(x_weight)), 0))
+        tl.store(factors + 4 * C, q_weight * reciprocal(do_unit) / s)
+        tl.store(factors + 5 * C, x_weight * reciprocal(do_unit) / s)
+        tl.store(sums + 5, s)
+        tl.store(sums + 6, 4.0 * tl.sum(tl.abs(q_weight) + tl.abs(x_weight), 0))
 
 
 @triton.jit
 def chunk_state_bwd_kernel(
     k_ptr,  # [rows, Hk, K]
-    g_ptr,  # [rows, H]
-    gk_ptr,  # [rows, H]
-    beta_ptr,  # [rows, H]
+    factors_ptr,  # [S, H, 6, C]
+    sums_ptr,  # [S, H, 7]
     h_chunks_ptr,  # [S, H, K, K]
     scales_ptr,  # [S, H, 2]
     do_ptr,  # [rows, H, V]
     q_ptr,  # [rows, H, K]
-    alpha_ptr,  # [rows, H]
     x_ptr,  # [rows, H, K]
-    x_scale_ptr,  # [rows, H]
     y_ptr,  # [rows, H, K]
-    y_scale_ptr,  # [rows, H]
-    eta_ptr,  # [rows, H]
     dh_out_ptr,  # [N, H, K, K]
     du_out_ptr,  # [N, H, K, V]
     cu_ptr,  # [N + 1]
@@ -71,7 +158,6 @@ def chunk_state_bwd_kernel(
     T,
     H: tl.constexpr,
     Hk: tl.constexpr,
-    SCALE: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -79,10 +165,7 @@ def chunk_state_bwd_kernel(
     BV: tl.constexpr,
     BE: tl.constexpr,
     OPERAND: tl.constexpr,
-    HAS_G: tl.constexpr,
-    HAS_GK: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
-    HAS_BETA: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,  # o has a cotangent
     HAS_DH: tl.constexpr,
     HAS_DU: tl.constexpr,
@@ -104,6 +187,7 @@ def chunk_state_bwd_kernel(
     kv_head = head // (H // Hk)
     h_blocks: tl.constexpr = (K + BE - 1) // BE
     row = tl.arange(0, BK)[:, None]
+    token = tl.arange(0, C)
 
     bound = tl.full((), 0.0, tl.float32)  # of the entries, all columns included
 
@@ -122,33 +206,27 @@ def chunk_state_bwd_kernel(
             first = begin + i * C
             matrix = (first_slot + i).to(tl.int64) * H + head
             store_state(dh_chunks_ptr, dscales_ptr, d, bound, matrix, 0, first_column, K, K, BK, BE)
-            c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
-            decay = tl.exp(last(c, C))
+            factors = factors_ptr + matrix * (6 * C) + token
+            sums = sums_ptr + matrix * 7
+            decay = tl.load(sums)
             d *= decay
             bound *= decay
             if HAS_OUTPUT:
-                gamma = tl.exp(c)
-                eta = gamma * load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
-                ridge = tl.sum(gamma * eta, 0)
                 h, h_scale = load_state(h_chunks_ptr, scales_ptr, matrix, 0, first_column, K, K, BK, BE)
-                d -= (ridge * h_scale) * h.to(tl.float32)
-                k, k_unit = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
-                k_scale = k_unit * load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-                k_weight = tl.sum(decay_mask(c, C) * eta[:, None], 0) * k_scale * k_scale
-                x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
-                xy_weight = 0.5 * gamma * x_scale * load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
-                s = power_of_two(tl.max(tl.maximum(tl.abs(k_weight), tl.abs(xy_weight)), 0))
+                ridge = tl.load(sums + 3) * h_scale
+                d -= ridge * h.to(tl.float32)
+                k = load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK) * tl.load(factors)[:, None]
                 x = load_rows(x_ptr, first, end, H, head, K, C, BK)
                 y = load_rows(y_ptr, first, end, H, head, K, C, BK)
                 k_block = load_row_block(k_ptr, first, end, Hk, kv_head, first_column, K, C, BE)
                 x_block = load_row_block(x_ptr, first, end, H, head, first_column, K, C, BE)
                 y_block = load_row_block(y_ptr, first, end, H, head, first_column, K, C, BE)
-                total = tl.zeros((BK, BE), tl.float32)
-                total = product_into(k, k_block * (k_weight * reciprocal(k_unit) / s)[:, None], total, OPERAND, True)
-                total = product_into(x, y_block * (xy_weight / s)[:, None], total, OPERAND, True)
-                total = product_into(y, x_block * (xy_weight / s)[:, None], total, OPERAND, True)
-                d -= total * s
-                bound += 2.0 * tl.abs(ridge) * h_scale + 4.0 * tl.sum(tl.abs(k_weight) + 2.0 * tl.abs(xy_weight), 0)
+                xy = tl.load(factors + 2 * C)[:, None]
+                total = outer_product(k, k_block * tl.load(factors + C)[:, None], False, OPERAND)
+                total = product_into(x, y_block * xy, total, OPERAND, True)
+                total = product_into(y, x_block * xy, total, OPERAND, True)
+                d -= total * tl.load(sums + 1)
+                bound += 2.0 * tl.abs(ridge) + tl.load(sums + 2)
         tl.store(dh0_ptr + corner + row * K + column, d, mask=inside)
     else:
         first_column = (block_id - h_blocks) * BE
@@ -164,19 +242,20 @@ def chunk_state_bwd_kernel(
             first = begin + i * C
             matrix = (first_slot + i).to(tl.int64) * H + head
             store_state(du_chunks_ptr, dscales_ptr, d, bound, matrix, 1, first_column, K, V, BK, BE)
-            c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
-            decay = tl.exp(last(c, C))
+            factors = factors_ptr + matrix * (6 * C) + token
+            sums = sums_ptr + matrix * 7 + 4
+            decay = tl.load(sums)
             d *= decay
             bound *= decay
             if HAS_OUTPUT:
-                q = load_rows(q_ptr, first, end, H, head, K, C, BK)
                 x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-                m, m_scale = unit_rows(readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA))
-                do_scale = unit_scale(tl.max(tl.abs(load_rows(do_ptr, first, end, H, head, V, C, BV)), 1))
-                do = load_row_block(do_ptr, first, end, H, head, first_column, V, C, BE) * reciprocal(do_scale)[:, None]
-                weight = SCALE * tl.exp(c) * m_scale * do_scale
-                d += outer_sum(m, do, weight, OPERAND)
-                bound += 4.0 * tl.sum(tl.abs(weight), 0)
+                do = load_row_block(do_ptr, first, end, H, head, first_column, V, C, BE)
+                total = outer_product(x, do * tl.load(factors + 5 * C)[:, None], False, OPERAND)
+                if HAS_ALPHA:
+                    q = load_rows(q_ptr, first, end, H, head, K, C, BK) * tl.load(factors + 3 * C)[:, None]
+                    total = product_into(q, do * tl.load(factors + 4 * C)[:, None], total, OPERAND, True)
+                d += total * tl.load(sums + 1)
+                bound += tl.load(sums + 2)
         tl.store(du0_ptr + corner + row * V + column, d, mask=inside)
 
 
@@ -206,33 +285,36 @@ def launch_chunk_state_bwd(
 ) -> None:
     """Fill ``out`` as ``ops.chunk_state_bwd`` describes."""
     k, g, gk, beta, do, q, alpha, dh_out, du_out, cu = compact(k, g, gk, beta, do, q, alpha, dh_out, du_out, cu_seqlens)
-    B, T, Hk, K = k.shape
+    B, T, _, K = k.shape
     V, N = v.shape[-1], B if cu is None else cu.shape[0] - 1
-    BE = min(config.STATE_COLUMNS, block(K), block(V))
+    BE = min(config.COTANGENT_COLUMNS, block(K), block(V))
     grid = (triton.cdiv(K, BE) + triton.cdiv(V, BE), H, N)
+    h_chunks, state_scales, x, x_scale, y, y_scale, eta = compact(h_chunks, state_scales, x, x_scale, y, y_scale, eta)
+    S = h_chunks.shape[0]
+    factors = k.new_empty(S, H, 6, C, dtype=torch.float32)
+    sums = k.new_empty(S, H, 7, dtype=torch.float32)
+    common = shared_options(H, k, beta, cu, C)
+    has_beta = common.pop("HAS_BETA")
+    common |= {"K": K, "V": V, "BK": block(K), "BV": block(V), "HAS_ALPHA": alpha is not None, "HAS_OUTPUT": do is not None}
     with on_device(k):
-        wrap_triton(chunk_state_bwd_kernel)[grid](
-            *(k, *present(k, g, gk, beta), *compact(h_chunks, state_scales)),
-            *present(k, do, q, alpha, *compact(x, x_scale, y, y_scale, eta), dh_out, du_out, cu),
-            *(*out, T),
-            H=H,
-            Hk=Hk,
+        wrap_triton(cotangent_factors_kernel)[(S, H)](
+            *(k, *present(k, g, gk, beta, do, q, alpha, x_scale, y_scale, eta, cu)),
+            *(factors, sums, 1 if cu is None else N, T),
             SCALE=scale,
-            K=K,
-            V=V,
-            C=C,
-            BK=block(K),
-            BV=block(V),
-            BE=BE,
-            OPERAND=operand(k.dtype),
             HAS_G=g is not None,
             HAS_GK=gk is not None,
-            HAS_ALPHA=alpha is not None,
-            HAS_BETA=beta is not None,
-            HAS_OUTPUT=do is not None,
+            HAS_BETA=has_beta,
+            **common,
+            **settings("cotangent_factors", k, K, V),
+        )
+        wrap_triton(chunk_state_bwd_kernel)[grid](
+            *(k, factors, sums, h_chunks, state_scales),
+            *present(k, do, q, x, y, dh_out, du_out, cu),
+            *(*out, T),
+            BE=BE,
             HAS_DH=dh_out is not None,
             HAS_DU=du_out is not None,
-            PACKED=cu is not None,
+            **common,
             **settings("chunk_state_bwd", k, K, V),
         )
 

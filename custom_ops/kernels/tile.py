@@ -27,7 +27,6 @@ __all__ = [
     "load_state",
     "load_tile",
     "outer_product",
-    "outer_sum",
     "packed_rows",
     "power_of_two",
     "product",
@@ -223,13 +222,6 @@ def outer_product(a, b, EXACT: tl.constexpr, OPERAND: tl.constexpr):
     if EXACT and OPERAND != tl.float32:
         total = product_into(a, b - b.to(OPERAND).to(tl.float32), total, OPERAND, True)
     return total
-
-
-@triton.jit
-def outer_sum(a, b, weight, OPERAND: tl.constexpr):
-    """Σ_t weight_t a_t b_tᵀ [BD, BE] of unit rows a [C, BD], b [C, BE]."""
-    s = power_of_two(tl.max(tl.abs(weight), 0))
-    return outer_product(a, b * (weight * (1.0 / s))[:, None], False, OPERAND) * s
 
 
 @triton.jit
