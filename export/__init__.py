@@ -3,6 +3,7 @@
 from .artifact import BACKENDS, DEFAULT_BACKENDS, ArtifactError, load_manifest, save_artifact
 from .bundle import BundleError, Variant, build_bundle, load_bundle, variants
 from .engine import DeviceArray, Engine, EngineError
+from .fused import save_fused
 from .ort_library import ort_library
 from .portable import decompositions
 from .program import Programs, export_program
@@ -30,6 +31,7 @@ __all__ = [
     "load_manifest",
     "ort_library",
     "save_artifact",
+    "save_fused",
     "to_aoti",
     "to_onnx",
     "to_tensorrt",

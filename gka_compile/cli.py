@@ -1,4 +1,4 @@
-"""The command line: ``gka-compile demo | export | run | info``."""
+"""The command line: ``gka-compile demo | export | fused | run | info``."""
 
 from __future__ import annotations
 
@@ -115,6 +115,26 @@ def export(
     for name, entry in manifest["backends"].items():
         files = ", ".join(f"{file} ({manifest['files'][file]['bytes'] / 1e6:.1f} MB)" for file in entry["programs"].values())
         console.print(f"{name}: {files}, built in {entry['seconds']:.0f} s", highlight=False)
+
+
+@app.command()
+def fused(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and model.safetensors.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the ONNX files, the kernels and their sources.")],
+    compute_capability: Annotated[list[str], typer.Option(help="GPU that kernels are compiled for, such as 8.7; repeat for more.")],
+    form: Annotated[str, typer.Option(help="plugin, for TensorRT, or fused, for ONNX Runtime.")] = "plugin",
+    longest_prompt: Annotated[int, typer.Option(min=1, help="Most tokens of one prefill of TensorRT.")] = 1024,
+) -> None:
+    """Turn a checkpoint into files for TensorRT or ONNX Runtime with this package's own kernels; needs Triton, but no GPU."""
+    from .export import save_fused
+    from .model import ByteLM
+
+    lengths = (1, min(128, longest_prompt), longest_prompt)
+    manifest = save_fused(ByteLM.load(checkpoint).eval(), out, compute_capability, form, lengths=lengths, progress=_say)
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    console.print(f"{out}: prefill.onnx, step.onnx, {len(manifest['files'])} kernel files ({size / 1e6:.1f} MB)", highlight=False)
+    if form == "plugin":
+        console.print(f"On the device: TENSORRT_INCLUDE_DIR=... sh {out / 'build.sh'}", highlight=False)
 
 
 @app.command()

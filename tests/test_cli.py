@@ -40,7 +40,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def test_help_teaches() -> None:
     told = CliRunner().invoke(app, ["--help"]).output
-    assert all(name in told for name in ("demo", "export", "run", "info"))
+    assert all(name in told for name in ("demo", "export", "fused", "run", "info"))
     assert "exits 1 if any of them disagrees" in " ".join(CliRunner().invoke(app, ["demo", "--help"]).output.split())
 
 
