@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from .program import BATCH, LENGTH, LanguageModel, Programs, export_program
 from .sealed import Manifest, Sealed
 from .to_aoti import to_aoti
-from .to_onnx import present_name, to_onnx
+from .to_onnx import model_names, present_name, to_onnx
 from .to_tensorrt import LIBRARIES, Range, to_tensorrt
 
 __all__ = ["BACKENDS", "DEFAULT_BACKENDS", "ArtifactError", "load_manifest", "save_artifact"]
@@ -116,7 +116,7 @@ def _build(
     for name, program in programs.items():
         say(f"{backend} {name}")
         path = folder / (name + SUFFIXES[backend])
-        inputs, outputs = ["tokens", *programs.state], ["logits", *map(present_name, programs.state)]
+        inputs, outputs = model_names(programs)
         if backend == "aoti":
             to_aoti(program, path)
         elif backend == "onnx":

@@ -10,15 +10,14 @@ build.sh         form "plugin": the commands for the device, without Python
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from .bundle import build_bundle, variants
 from .program import LanguageModel, Programs, export_program
-from .sealed import Manifest
-from .to_onnx import OLDEST_OPSET, present_name, to_onnx
+from .sealed import Manifest, whole
+from .to_onnx import OLDEST_OPSET, model_names, to_onnx
 
 __all__ = ["save_fused"]
 
@@ -78,30 +77,25 @@ def save_fused(
     programs = export_program(model)
     needed = [replace(variant, chunk_size=None) for _, program in programs.items() for variant in variants(program)]
     chunks = {c: {v.chunk(c) for v in needed if v.op != "step"} for c in compute_capabilities}
-    if len(set().union(*chunks.values())) > 1:
+    found = set().union(*chunks.values())
+    if len(found) > 1:
         told = ", ".join(f"{c} ({' and '.join(map(str, sorted(n)))})" for c, n in chunks.items())
         raise ValueError(
             f"compute_capabilities: expected GPUs whose chunks have one length, for it is part of the files, got {told}"
         )
-    chunk = next(iter(set().union(*chunks.values())), None)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        built = Path(temporary) / folder.name
-        built.mkdir()
+    chunk = next(iter(found), None)
+    with whole(folder, _check_new) as built:
         for name, program in programs.items():
             say(f"onnx {name}")
-            inputs, outputs = ["tokens", *programs.state], ["logits", *map(present_name, programs.state)]
             device = None if form == "plugin" else "cuda"
-            to_onnx(program, built / f"{name}.onnx", inputs, outputs, form=form, opset=opset, device=device, chunk_size=chunk)
+            to_onnx(
+                program, built / f"{name}.onnx", *model_names(programs), form=form, opset=opset, device=device, chunk_size=chunk
+            )
         manifest = build_bundle(built / "bundle", [replace(v, chunk_size=chunk) for v in needed], compute_capabilities, say)
         for name in SOURCES[form]:
             shutil.copytree(Path(__file__).parent / name, built / name)
         if form == "plugin":
             (built / "build.sh").write_text(_SCRIPT + _trtexec(programs, lengths, batches))
-        _check_new(folder)  # again: filling it took a while
-        if folder.exists():
-            folder.rmdir()
-        built.replace(folder)
     return manifest
 
 

@@ -5,18 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gka_compile import __version__
 
-__all__ = ["MANIFEST", "Manifest", "Sealed", "digest_of"]
+__all__ = ["MANIFEST", "Manifest", "Sealed", "digest_of", "whole"]
 
 MANIFEST = "manifest.json"
 
 Manifest = dict[str, Any]
+
+
+@contextmanager
+def whole(folder: Path, check_replaceable: Callable[[Path], None]) -> Iterator[Path]:
+    """A folder to fill, which takes the place of ``folder`` if nothing is raised meanwhile, and is gone otherwise."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        built = Path(temporary) / folder.name
+        built.mkdir()
+        yield built
+        check_replaceable(folder)  # again: filling it took a while
+        if folder.exists():
+            folder.replace(Path(temporary) / "old")
+        built.replace(folder)
 
 
 @dataclass(frozen=True)
@@ -47,10 +62,7 @@ class Sealed:
 
     def write(self, folder: Path, fill: Callable[[Path], Manifest]) -> Manifest:
         """Make ``folder``, replacing an older one; ``fill`` writes the files and returns what the manifest says besides them."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-            built = Path(temporary) / folder.name
-            built.mkdir()
+        with whole(folder, self.check_replaceable) as built:
             manifest = {"format": self.format, "version": self.version, "gka_compile": __version__, **fill(built)}
             manifest["files"] = {
                 path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
@@ -58,10 +70,6 @@ class Sealed:
             }
             manifest["sha256"] = digest_of(manifest)
             (built / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-            if folder.exists():
-                self.check_replaceable(folder)  # again: filling it took a while
-                folder.replace(Path(temporary) / "old")
-            built.replace(folder)
         return manifest
 
     def load(self, folder: str | Path) -> Manifest:

@@ -26,9 +26,9 @@ from gka_compile.custom_ops.reference import num_slots
 
 from .bundle import OPS, is_optional, is_tensor, variants
 from .portable import Table, decompositions, portable
-from .program import BATCH, LENGTH
+from .program import BATCH, LENGTH, Programs
 
-__all__ = ["DOMAIN", "FORMS", "NEWEST_OPSET", "OPSETS", "present_name", "to_onnx"]
+__all__ = ["DOMAIN", "FORMS", "NEWEST_OPSET", "OPSETS", "model_names", "present_name", "to_onnx"]
 
 FORMS = ("portable", "fused", "plugin")
 DOMAIN = "gka"
@@ -50,6 +50,11 @@ def present_name(name: str) -> str:
     The spelling is that of TensorRT-Edge-LLM.
     """
     return "present_" + name.replace("_state_", "_").replace("_cache_", "_")
+
+
+def model_names(programs: Programs) -> tuple[list[str], list[str]]:
+    """Inputs and outputs of a model's programs, in their order."""
+    return ["tokens", *programs.state], ["logits", *map(present_name, programs.state)]
 
 
 def to_onnx(

@@ -88,11 +88,19 @@ void print(DataType type)
 
 } // namespace
 
-#if NV_TENSORRT_MAJOR >= 10
+#if NV_TENSORRT_MAJOR > 8 || NV_TENSORRT_MINOR >= 6
 
+#if NV_TENSORRT_MAJOR >= 10
 extern "C" IPluginCreatorInterface* const* getCreators(std::int32_t& count);
-extern "C" void setLoggerFinder(ILoggerFinder* finder);
+constexpr auto listed = getCreators;
 using Creator = IPluginCreatorV3One;
+#else
+extern "C" IPluginCreator* const* getPluginCreators(std::int32_t& count);
+constexpr auto listed = getPluginCreators;
+using Creator = IPluginCreator;
+#endif
+
+extern "C" void setLoggerFinder(ILoggerFinder* finder);
 struct Finder : ILoggerFinder {
     ILogger* findLogger() override { return &logger; }
 } finder;
@@ -101,28 +109,11 @@ std::vector<Creator*> all_creators()
 {
     setLoggerFinder(&finder);
     int count = 0;
-    IPluginCreatorInterface* const* found = getCreators(count);
+    auto const found = listed(count);
     std::vector<Creator*> creators;
     for (int i = 0; i < count; ++i)
         creators.push_back(static_cast<Creator*>(found[i]));
     return creators;
-}
-
-#elif NV_TENSORRT_MINOR >= 6
-
-extern "C" IPluginCreator* const* getPluginCreators(std::int32_t& count);
-extern "C" void setLoggerFinder(ILoggerFinder* finder);
-using Creator = IPluginCreator;
-struct Finder : ILoggerFinder {
-    ILogger* findLogger() override { return &logger; }
-} finder;
-
-std::vector<Creator*> all_creators()
-{
-    setLoggerFinder(&finder);
-    int count = 0;
-    IPluginCreator* const* found = getPluginCreators(count);
-    return std::vector<Creator*>(found, found + count);
 }
 
 #else

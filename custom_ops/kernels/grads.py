@@ -26,18 +26,17 @@ from .tile import (
     load_scalars,
     load_state,
     load_tile,
-    outer_product,
     packed_rows,
     power_of_two,
     product,
     product_into,
     readout,
     reciprocal,
+    row_scales,
     store_row_block,
     store_scalars,
     store_state,
     unit_rows,
-    unit_scale,
     weighted_product,
 )
 
@@ -106,7 +105,7 @@ def cotangent_factors_kernel(
     if HAS_OUTPUT:
         gamma = tl.exp(c)
         eta = gamma * load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
-        k_unit = unit_scale(tl.max(tl.abs(load_rows(k_ptr, first, end, Hk, head // (H // Hk), K, C, BK)), 1))
+        k_unit = row_scales(load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK))
         k_scale = k_unit * load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
         k_weight = tl.sum(decay_mask(c, C) * eta[:, None], 0) * k_scale * k_scale
         x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
@@ -119,13 +118,13 @@ def cotangent_factors_kernel(
         tl.store(sums + 2, 4.0 * tl.sum(tl.abs(k_weight) + 2.0 * tl.abs(xy_weight), 0))
         tl.store(sums + 3, tl.sum(gamma * eta, 0))
 
-        do_unit = unit_scale(tl.max(tl.abs(load_rows(do_ptr, first, end, H, head, V, C, BV)), 1))
+        do_unit = row_scales(load_tile(do_ptr, first, end, H, head, 0, V, C, BV))
         weight = SCALE * tl.exp(c_u) * do_unit
         x_weight = weight * x_scale
         q_weight = tl.zeros_like(weight)
         if HAS_ALPHA:  # m = (1 − α) q + α x
             alpha = load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)
-            q_unit = unit_scale(tl.max(tl.abs(load_rows(q_ptr, first, end, H, head, K, C, BK)), 1))
+            q_unit = row_scales(load_tile(q_ptr, first, end, H, head, 0, K, C, BK))
             x_weight *= alpha
             q_weight = weight * (1.0 - alpha) * q_unit
             tl.store(factors + 3 * C, reciprocal(q_unit))
@@ -222,7 +221,8 @@ def chunk_state_bwd_kernel(
                 x_block = load_row_block(x_ptr, first, end, H, head, first_column, K, C, BE)
                 y_block = load_row_block(y_ptr, first, end, H, head, first_column, K, C, BE)
                 xy = tl.load(factors + 2 * C)[:, None]
-                total = outer_product(k, k_block * tl.load(factors + C)[:, None], False, OPERAND)
+                total = tl.zeros((BK, BE), tl.float32)
+                total = product_into(k, k_block * tl.load(factors + C)[:, None], total, OPERAND, True)
                 total = product_into(x, y_block * xy, total, OPERAND, True)
                 total = product_into(y, x_block * xy, total, OPERAND, True)
                 d -= total * tl.load(sums + 1)
@@ -250,7 +250,8 @@ def chunk_state_bwd_kernel(
             if HAS_OUTPUT:
                 x = load_rows(x_ptr, first, end, H, head, K, C, BK)
                 do = load_row_block(do_ptr, first, end, H, head, first_column, V, C, BE)
-                total = outer_product(x, do * tl.load(factors + 5 * C)[:, None], False, OPERAND)
+                total = tl.zeros((BK, BE), tl.float32)
+                total = product_into(x, do * tl.load(factors + 5 * C)[:, None], total, OPERAND, True)
                 if HAS_ALPHA:
                     q = load_rows(q_ptr, first, end, H, head, K, C, BK) * tl.load(factors + 3 * C)[:, None]
                     total = product_into(q, do * tl.load(factors + 4 * C)[:, None], total, OPERAND, True)
@@ -293,8 +294,7 @@ def launch_chunk_state_bwd(
     S = h_chunks.shape[0]
     factors = k.new_empty(S, H, 6, C, dtype=torch.float32)
     sums = k.new_empty(S, H, 7, dtype=torch.float32)
-    common = shared_options(H, k, beta, cu, C)
-    has_beta = common.pop("HAS_BETA")
+    common = shared_options(H, k, cu, C)
     common |= {"K": K, "V": V, "BK": block(K), "BV": block(V), "HAS_ALPHA": alpha is not None, "HAS_OUTPUT": do is not None}
     with on_device(k):
         wrap_triton(cotangent_factors_kernel)[(S, H)](
@@ -303,7 +303,7 @@ def launch_chunk_state_bwd(
             SCALE=scale,
             HAS_G=g is not None,
             HAS_GK=gk is not None,
-            HAS_BETA=has_beta,
+            HAS_BETA=beta is not None,
             **common,
             **settings("cotangent_factors", k, K, V),
         )
@@ -384,7 +384,7 @@ def key_block(
     beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
     c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
     total = last(c, C)
-    k_unit = unit_scale(tl.max(tl.abs(k.to(tl.float32)), 1))
+    k_unit = row_scales(k)
     key_scale = k_unit * beta
 
     # through U
@@ -716,7 +716,7 @@ def launch_chunk_grads(
     # every block of columns leaves what it adds; what a single one leaves is all
     counts = (key_blocks, key_blocks, key_blocks + value_blocks)
     parts = [x if n == 1 else x.new_empty(*x.shape, n) for x, n in zip(gates, counts, strict=True)]
-    common = shared_options(H, k, beta, cu, C)
+    common = shared_options(H, k, cu, C)
     with on_device(k):
         wrap_triton(chunk_grads_kernel)[(h_chunks.shape[0] * (key_blocks + value_blocks), Hk)](
             *(k, v, *present(k, g, gk, beta), h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
@@ -731,6 +731,7 @@ def launch_chunk_grads(
             HAS_G=g is not None,
             HAS_GK=gk is not None,
             HAS_ALPHA=alpha is not None,
+            HAS_BETA=beta is not None,
             HAS_OUTPUT=do is not None,
             **common,
             **settings("chunk_grads", k, K, V),

@@ -37,7 +37,7 @@ def operand(dtype: torch.dtype) -> Any:
     return tl.float16 if dtype.itemsize == 2 else tl.float32
 
 
-def shared_options(H: int, k: Tensor, beta: Any, cu: Any, C: int) -> dict[str, Any]:
+def shared_options(H: int, k: Tensor, cu: Any, C: int) -> dict[str, Any]:
     """Constexprs of every kernel that runs over chunk slots.
 
     The heads are among them for their strides: a token's address is then that of the tile plus a constant, for which no register
@@ -48,7 +48,6 @@ def shared_options(H: int, k: Tensor, beta: Any, cu: Any, C: int) -> dict[str, A
         "Hk": k.shape[2],
         "C": C,
         "OPERAND": operand(k.dtype),
-        "HAS_BETA": beta is not None,
         "PACKED": cu is not None,
     }
 

@@ -182,7 +182,7 @@ def launch_chunk_output(
     (_, T, H, K), V = q.shape, v.shape[-1]
     grid, sizes = (h_chunks.shape[0], H), (1 if cu is None else cu.shape[0] - 1, T)
     o, x, x_scale, phi = out
-    common = shared_options(H, k, beta, cu, C)
+    common = shared_options(H, k, cu, C) | {"HAS_BETA": beta is not None}
     with on_device(q):
         wrap_triton(chunk_solve_kernel)[grid](
             *(q, k, *present(q, gk, beta), h_chunks, state_scales, *present(q, cu), x, x_scale, phi, *sizes),
@@ -363,7 +363,7 @@ def launch_chunk_output_bwd(
     (_, T, H, K), V = q.shape, v.shape[-1]
     grid, sizes = (h_chunks.shape[0], H), (1 if cu is None else cu.shape[0] - 1, T)
     dq, dalpha, y, y_scale, eta, mdm = out
-    common = shared_options(H, k, beta, cu, C)
+    common = shared_options(H, k, cu, C) | {"HAS_BETA": beta is not None}
     common["HAS_ALPHA"] = alpha is not None
     with on_device(q):
         wrap_triton(chunk_read_bwd_kernel)[grid](

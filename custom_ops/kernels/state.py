@@ -17,12 +17,12 @@ from .tile import (
     load_rows,
     load_scalars,
     load_tile,
-    outer_product,
     packed_rows,
     power_of_two,
     reciprocal,
+    row_scales,
+    split_outer_product,
     store_state,
-    unit_scale,
 )
 
 __all__ = ["chunk_factors_kernel", "chunk_state_kernel", "launch_chunk_state"]
@@ -71,8 +71,8 @@ def chunk_factors_kernel(
     g = load_scalars(g_ptr, first, end, H, h, 0.0, C, HAS_G)
     gk = load_scalars(gk_ptr, first, end, H, h, 0.0, C, HAS_GK)
     beta = load_scalars(beta_ptr, first, end, H, h, 1.0, C, HAS_BETA)
-    k_unit = unit_scale(tl.max(tl.abs(k.to(tl.float32)), 1))
-    v_unit = unit_scale(tl.max(tl.abs(v.to(tl.float32)), 1))
+    k_unit = row_scales(k)
+    v_unit = row_scales(v)
     row = tl.arange(0, C)
     tl.store(factors_ptr + matrix * (3 * C) + row, reciprocal(k_unit))
     store_factor(factors_ptr, sums_ptr, matrix, 0, gk, beta * beta * k_unit, k_unit, C)
@@ -147,7 +147,7 @@ def scan_block(
         w = load_row_block(w_ptr, first, end, Hk, head, first_column, E, C, BE) * tl.load(factors + (1 + WHICH) * C)[:, None]
         sums = sums_ptr + matrix * 6 + WHICH * 3
         decay = tl.load(sums)
-        state = decay * state + outer_product(k, w, True, OPERAND) * tl.load(sums + 1)
+        state = decay * state + split_outer_product(k, w, OPERAND) * tl.load(sums + 1)
         bound = decay * bound + tl.load(sums + 2)
     tl.store(final_ptr + place, state, mask=inside)
 
@@ -219,27 +219,18 @@ def launch_chunk_state(
     S = out[0].shape[0]
     factors = k.new_empty(S, H, 3, C, dtype=torch.float32)
     sums = k.new_empty(S, H, 2, 3, dtype=torch.float32)
-    common = shared_options(H, k, beta, cu, C)
-    has_beta = common.pop("HAS_BETA")
+    common = shared_options(H, k, cu, C) | {"K": K, "V": V, "BK": block(K), "BV": block(V)}
     with on_device(k):
         wrap_triton(chunk_factors_kernel)[(S, H)](
             *(k, v, *present(k, g, gk, beta, cu), factors, sums, 1 if cu is None else N, T),
-            K=K,
-            V=V,
-            BK=block(K),
-            BV=block(V),
             HAS_G=g is not None,
             HAS_GK=gk is not None,
-            HAS_BETA=has_beta,
+            HAS_BETA=beta is not None,
             **common,
             **settings("chunk_factors", k, K, V),
         )
         wrap_triton(chunk_state_kernel)[grid](
             *(k, v, factors, sums, *present(k, h0, u0, cu), *out, T),
-            K=K,
-            V=V,
-            BK=block(K),
-            BV=block(V),
             BE=BE,
             HAS_H0=h0 is not None,
             HAS_U0=u0 is not None,

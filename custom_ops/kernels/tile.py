@@ -26,14 +26,15 @@ __all__ = [
     "load_scalars",
     "load_state",
     "load_tile",
-    "outer_product",
     "packed_rows",
     "power_of_two",
     "product",
     "product_into",
     "readout",
     "reciprocal",
+    "row_scales",
     "solve",
+    "split_outer_product",
     "split_product",
     "store_row_block",
     "store_rows",
@@ -159,9 +160,15 @@ def reciprocal(x):
 
 
 @triton.jit
+def row_scales(x):
+    """A power of two for each row [C] that brings its entries below 2; 0 for a row of zeros."""
+    return unit_scale(tl.max(tl.abs(x.to(tl.float32)), 1))
+
+
+@triton.jit
 def unit_rows(x):
-    """(x divided by a power of two per row so that entries are below 2, those powers [C]: 0 for a row of zeros)."""
-    s = unit_scale(tl.max(tl.abs(x), 1))
+    """(x divided by row_scales, those)."""
+    s = row_scales(x)
     return x * reciprocal(s)[:, None], s
 
 
@@ -213,13 +220,10 @@ def weighted_product(p, weight, b, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def outer_product(a, b, EXACT: tl.constexpr, OPERAND: tl.constexpr):
-    """aᵀ @ b [BD, BE] of a [C, BD] with no more digits than OPERAND has, b [C, BE].
-
-    EXACT: the digits of b are kept by splitting it in two.
-    """
+def split_outer_product(a, b, OPERAND: tl.constexpr):
+    """aᵀ @ b [BD, BE] for a [C, BD] with no more digits than OPERAND: b in two parts, so that its digits count."""
     total = product_into(a, b, tl.zeros((a.shape[1], b.shape[1]), tl.float32), OPERAND, True)
-    if EXACT and OPERAND != tl.float32:
+    if OPERAND != tl.float32:
         total = product_into(a, b - b.to(OPERAND).to(tl.float32), total, OPERAND, True)
     return total
 
