@@ -54,7 +54,7 @@ _LAUNCH = {
     "cotangent_factors": ((4, 1), (4, 1)),
     "chunk_state_bwd": ((4, 2), (4, 2)),
     "chunk_grads": ((4, 1), (4, 1)),
-    "step": ((4, 1), (4, 1)),
+    "step": ((2, 1), (4, 1)),
 }
 
 

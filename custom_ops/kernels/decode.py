@@ -21,6 +21,12 @@ def scalar(ptr, place, absent: tl.constexpr, HAS: tl.constexpr):
 
 
 @triton.jit
+def product(z, t, BK: tl.constexpr, PARTS: tl.constexpr):
+    """z t [BK] for z [BK, PARTS, BK/PARTS]: a thread adds up its row in as many sums side by side."""
+    return tl.sum(tl.sum(z * tl.reshape(t, (1, PARTS, BK // PARTS)), 2), 1)
+
+
+@triton.jit
 def step_kernel(
     q_ptr,  # [B, H, K]
     k_ptr,  # [B, Hk, K]
@@ -40,7 +46,8 @@ def step_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
-    BE: tl.constexpr,
+    BV: tl.constexpr,
+    PARTS: tl.constexpr,
     NUM_ITER: tl.constexpr,
     TAU: tl.constexpr,
     FRONT: tl.constexpr,
@@ -50,9 +57,11 @@ def step_kernel(
     HAS_ALPHA: tl.constexpr,
     HAS_BETA: tl.constexpr,
 ):
-    """Grid (B · H). H stays in registers through all iterations.
+    """Grid (B · H). H stays in registers through all iterations: a thread holds a row, and shares t with the others.
 
-    H is symmetric: H t is summed over rows, which a thread holds several of, and not over columns, which lie across a warp.
+    With as many threads as rows, loads and stores of 4 bytes give it that row alone, and H, being symmetric, is read by columns,
+    so that a warp's addresses follow one another. That is what max_contiguous is for: with the 16 bytes that are there to be had,
+    a row would lie across a warp. (As a product, tl.dot, each iteration reads all of H from shared memory.)
     """
     pid = tl.program_id(0).to(tl.int64)
     b = pid // H
@@ -63,7 +72,7 @@ def step_kernel(
     k = tl.load(k_ptr + kv_place * K + row, mask=row < K, other=0.0).to(tl.float32) * beta
     q = tl.load(q_ptr + pid * K + row, mask=row < K, other=0.0).to(tl.float32)
 
-    place = row[:, None] * K + row[None, :]
+    place = tl.max_contiguous(row[None, :] * K + row[:, None], [1, 1])
     inside = (row[:, None] < K) & (row[None, :] < K)
     h = tl.load(h_ptr + pid * (K * K) + place, mask=inside, other=0.0)
     if HAS_GK:
@@ -73,37 +82,36 @@ def step_kernel(
     phi = tl.sqrt(tl.sum(tl.sum(h * h, 1), 0))
     gain = reciprocal(phi)
     z2 = h * (4.0 * gain) - tl.where(row[:, None] == row[None, :], 2.0, 0.0)  # 2 Z
+    z2 = tl.reshape(z2, (BK, PARTS, BK // PARTS))
 
-    previous = q[None, :]
-    t = 0.5 * tl.dot(previous, z2, input_precision="ieee")
+    previous = q
+    t = 0.5 * product(z2, previous, BK, PARTS)
     power = -TAU
     tail = -TAIL / TAU
     x = FRONT * (1.0 - TAIL) * previous + 2.0 * FRONT * (power - tail) * t
     for _ in range(NUM_ITER - 1):
-        new = tl.dot(t, z2, -previous, input_precision="ieee")
+        new = product(z2, t, BK, PARTS) - previous
         previous = t
         t = new
         power *= -TAU
         tail *= -1.0 / TAU
         x += 2.0 * FRONT * (power - tail) * t
-    x = tl.reshape(x, (BK,)) * gain
+    x *= gain
     m = x
     if HAS_ALPHA:
         m = q + scalar(alpha_ptr, pid, 1.0, HAS_ALPHA) * (x - q)
 
-    # U in column blocks, one after the other: H has the registers
-    for first in range(0, V, BE):
-        column = first + tl.arange(0, BE)
-        u_place = pid * (K * V) + row[:, None] * V + column[None, :]
-        u_inside = (row[:, None] < K) & (column[None, :] < V)
-        v = tl.load(v_ptr + kv_place * V + column, mask=column < V, other=0.0).to(tl.float32) * beta
-        u = tl.load(u_ptr + u_place, mask=u_inside, other=0.0)
-        if HAS_G:
-            u *= tl.exp(scalar(g_ptr, pid, 0.0, HAS_G))
-        u += k[:, None] * v[None, :]
-        tl.store(u_out_ptr + u_place, u, mask=u_inside)
-        o = SCALE * tl.sum(u * m[:, None], 0)
-        tl.store(o_ptr + pid * V + column, o.to(o_ptr.dtype.element_ty), mask=column < V)
+    column = tl.arange(0, BV)
+    u_place = pid * (K * V) + row[:, None] * V + column[None, :]
+    u_inside = (row[:, None] < K) & (column[None, :] < V)
+    v = tl.load(v_ptr + kv_place * V + column, mask=column < V, other=0.0).to(tl.float32) * beta
+    u = tl.load(u_ptr + u_place, mask=u_inside, other=0.0)
+    if HAS_G:
+        u *= tl.exp(scalar(g_ptr, pid, 0.0, HAS_G))
+    u += k[:, None] * v[None, :]
+    tl.store(u_out_ptr + u_place, u, mask=u_inside)
+    o = SCALE * tl.sum(u * m[:, None], 0)
+    tl.store(o_ptr + pid * V + column, o.to(o_ptr.dtype.element_ty), mask=column < V)
 
 
 def launch_step(
@@ -133,11 +141,12 @@ def launch_step(
             K=K,
             V=V,
             BK=block(K),
-            BE=min(32, block(V)),
+            BV=block(V),
+            PARTS=max(1, block(K) // 32),
             **polynomial(ridge_ratio, num_iter),
             HAS_G=g is not None,
             HAS_GK=gk is not None,
             HAS_ALPHA=alpha is not None,
             HAS_BETA=beta is not None,
-            **settings("step", h, K, V),
+            **settings("step", h, K),
         )
