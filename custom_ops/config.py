@@ -5,7 +5,6 @@ import torch
 __all__ = [
     "COTANGENT_COLUMNS",
     "CPU_CHUNK",
-    "GRADS_COLUMNS",
     "NUM_ITER",
     "RIDGE_RATIO",
     "STATE_COLUMNS",
@@ -41,7 +40,6 @@ def gpu_chunk(major: int, itemsize: int, K: int, V: int) -> int:
 
 STATE_COLUMNS = 64  # columns of a state that one program carries through time
 COTANGENT_COLUMNS = 32  # … of its cotangent: smaller programs, so that long sequences of small batches fill the GPU
-GRADS_COLUMNS = 64  # columns of dk or dv that one program computes
 
 # (num_warps, num_stages) of each kernel up to a width of 64 and beyond; nothing is tuned at run time.
 _LAUNCH = {
@@ -53,7 +51,8 @@ _LAUNCH = {
     "chunk_solve_bwd": ((4, 1), (4, 1)),
     "cotangent_factors": ((4, 1), (4, 1)),
     "chunk_state_bwd": ((4, 2), (4, 2)),
-    "chunk_grads": ((4, 1), (4, 1)),
+    "grads_through_u": ((4, 1), (8, 1)),
+    "grads_through_h": ((4, 1), (4, 1)),
     "step": ((2, 1), (4, 1)),
 }
 

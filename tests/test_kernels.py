@@ -82,7 +82,8 @@ OUTPUTS = {
     "chunk_solve_bwd_kernel": {"y_ptr", "y_scale_ptr", "dq_ptr", "eta_ptr"},
     "cotangent_factors_kernel": {"factors_ptr", "sums_ptr"},
     "chunk_state_bwd_kernel": {"dh_chunks_ptr", "du_chunks_ptr", "dscales_ptr", "dh0_ptr", "du0_ptr"},
-    "chunk_grads_kernel": {"dk_ptr", "dv_ptr", "dg_ptr", "dgk_ptr", "dbeta_ptr"},
+    "grads_through_u_kernel": {"dk_ptr", "dk_scale_ptr", "dv_ptr", "dg_ptr", "dbeta_ptr"},
+    "grads_through_h_kernel": {"dk_ptr", "dgk_ptr", "dbeta_ptr"},
     "step_kernel": {"o_ptr", "h_out_ptr", "u_out_ptr"},
 }
 

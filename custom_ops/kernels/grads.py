@@ -14,6 +14,7 @@ from torch.library import wrap_triton
 from .. import config
 from .launch import Tensors, block, compact, on_device, present, settings, shared_options
 from .tile import (
+    decay_exponents,
     decay_mask,
     decay_mask_transposed,
     dense_rows,
@@ -31,19 +32,19 @@ from .tile import (
     product,
     product_into,
     readout,
-    reciprocal,
+    reciprocal_of_power,
     row_scales,
-    store_row_block,
+    store_rows,
     store_scalars,
     store_state,
     unit_rows,
-    weighted_product,
 )
 
 __all__ = [
-    "chunk_grads_kernel",
     "chunk_state_bwd_kernel",
     "cotangent_factors_kernel",
+    "grads_through_h_kernel",
+    "grads_through_u_kernel",
     "launch_chunk_grads",
     "launch_chunk_state_bwd",
 ]
@@ -98,12 +99,12 @@ def cotangent_factors_kernel(
     matrix = slot.to(tl.int64) * H + head
     factors = factors_ptr + matrix * (6 * C) + tl.arange(0, C)
     sums = sums_ptr + matrix * 7
-    c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
-    tl.store(sums, tl.exp(last(c, C)))
-    c_u = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
-    tl.store(sums + 4, tl.exp(last(c_u, C)))
+    c = decay_exponents(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK))
+    tl.store(sums, tl.exp2(last(c, C)))
+    c_u = decay_exponents(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G))
+    tl.store(sums + 4, tl.exp2(last(c_u, C)))
     if HAS_OUTPUT:
-        gamma = tl.exp(c)
+        gamma = tl.exp2(c)
         eta = gamma * load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
         k_unit = row_scales(load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK))
         k_scale = k_unit * load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
@@ -111,15 +112,16 @@ def cotangent_factors_kernel(
         x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
         xy_weight = 0.5 * gamma * x_scale * load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
         s = power_of_two(tl.max(tl.maximum(tl.abs(k_weight), tl.abs(xy_weight)), 0))
-        tl.store(factors, reciprocal(k_unit))
-        tl.store(factors + C, k_weight * reciprocal(k_unit) / s)
-        tl.store(factors + 2 * C, xy_weight / s)
+        tl.store(factors, reciprocal_of_power(k_unit))
+        inverse = reciprocal_of_power(s)
+        tl.store(factors + C, k_weight * reciprocal_of_power(k_unit) * inverse)
+        tl.store(factors + 2 * C, xy_weight * inverse)
         tl.store(sums + 1, s)
         tl.store(sums + 2, 4.0 * tl.sum(tl.abs(k_weight) + 2.0 * tl.abs(xy_weight), 0))
         tl.store(sums + 3, tl.sum(gamma * eta, 0))
 
         do_unit = row_scales(load_tile(do_ptr, first, end, H, head, 0, V, C, BV))
-        weight = SCALE * tl.exp(c_u) * do_unit
+        weight = SCALE * tl.exp2(c_u) * do_unit
         x_weight = weight * x_scale
         q_weight = tl.zeros_like(weight)
         if HAS_ALPHA:  # m = (1 − α) q + α x
@@ -127,10 +129,11 @@ def cotangent_factors_kernel(
             q_unit = row_scales(load_tile(q_ptr, first, end, H, head, 0, K, C, BK))
             x_weight *= alpha
             q_weight = weight * (1.0 - alpha) * q_unit
-            tl.store(factors + 3 * C, reciprocal(q_unit))
+            tl.store(factors + 3 * C, reciprocal_of_power(q_unit))
         s = power_of_two(tl.max(tl.maximum(tl.abs(q_weight), tl.abs(x_weight)), 0))
-        tl.store(factors + 4 * C, q_weight * reciprocal(do_unit) / s)
-        tl.store(factors + 5 * C, x_weight * reciprocal(do_unit) / s)
+        inverse = reciprocal_of_power(do_unit) * reciprocal_of_power(s)
+        tl.store(factors + 4 * C, q_weight * inverse)
+        tl.store(factors + 5 * C, x_weight * inverse)
         tl.store(sums + 5, s)
         tl.store(sums + 6, 4.0 * tl.sum(tl.abs(q_weight) + tl.abs(x_weight), 0))
 
@@ -326,213 +329,40 @@ def reverse_sum(dc, C: tl.constexpr):
 
 
 @triton.jit
-def key_block(
-    k_ptr,
-    v_ptr,
-    g_ptr,
-    gk_ptr,
-    beta_ptr,
-    h_chunks_ptr,
-    u_chunks_ptr,
-    scales_ptr,
-    dh_chunks_ptr,
-    du_chunks_ptr,
-    dscales_ptr,
-    do_ptr,
-    q_ptr,
-    alpha_ptr,
-    x_ptr,
-    x_scale_ptr,
-    y_ptr,
-    y_scale_ptr,
-    eta_ptr,
-    mdm_ptr,
-    dg_ptr,
-    dgk_ptr,
-    dbeta_ptr,
-    slot,
-    first,
-    end,
-    head,
-    kv_head,
-    first_column,
-    H: tl.constexpr,
-    Hk: tl.constexpr,
-    KEY_BLOCKS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SCALE: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    BE: tl.constexpr,
-    OPERAND: tl.constexpr,
-    HAS_G: tl.constexpr,
-    HAS_GK: tl.constexpr,
-    HAS_ALPHA: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-    HAS_OUTPUT: tl.constexpr,
+def store_part(
+    ptr, scale_ptr, part, first, end, heads, head, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, OPERAND: tl.constexpr
 ):
-    """One head's part of columns first_column … + BE of dk [C, BE]; stores what these columns add to dg, dgk and dbeta."""
-    matrix = slot.to(tl.int64) * H + head
-    k = load_tile(k_ptr, first, end, Hk, kv_head, 0, K, C, BK)
-    v = load_tile(v_ptr, first, end, Hk, kv_head, 0, V, C, BV)
-    if HAS_OUTPUT:
-        do = load_tile(do_ptr, first, end, H, head, 0, V, C, BV)
-    d = load_block(du_chunks_ptr, matrix, first_column, 0, K, V, BE, BV)
-    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-    c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
-    total = last(c, C)
-    k_unit = row_scales(k)
-    key_scale = k_unit * beta
+    """A float32 tile [C, BD] to a 16-bit matrix, as the bits of float16 unit rows and their scales [rows, heads].
 
-    # through U
-    v, v_unit = unit_rows(v.to(tl.float32))
-    v = v.to(OPERAND)
-    value_scale = v_unit * beta
-    dk = tl.zeros((C, BE), tl.float32)
-    if HAS_OUTPUT:
-        do, do_scale = unit_rows(do.to(tl.float32))
-        cross = product(v, tl.trans(do.to(OPERAND)), OPERAND)
-        q_block = load_row_block(q_ptr, first, end, H, head, first_column, K, C, BE)
-        x_block = load_row_block(x_ptr, first, end, H, head, first_column, K, C, BE)
-        m, m_scale = unit_rows(readout(q_block, x_block, x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA))
-        nu = decay_mask_transposed(c, C) * (SCALE * m_scale * do_scale)[None, :] * value_scale[:, None]
-        dk += weighted_product(cross, nu, m, OPERAND)
-    d_scale = tl.load(dscales_ptr + matrix * 2 + 1)
-    at_end = product(v, tl.trans(d), OPERAND) * (d_scale * tl.exp(total - c) * value_scale)[:, None]
-    dk += at_end
-    k_block = load_row_block(k_ptr, first, end, Hk, kv_head, first_column, K, C, BE) * reciprocal(k_unit)[:, None]
-    dk_k = tl.sum(dk * k_block, 1)
-    if HAS_G:
-        u = load_block(u_chunks_ptr, matrix, first_column, 0, K, V, BE, BV)
-        u_scale = tl.load(scales_ptr + matrix * 2 + 1)
-        end_product = tl.exp(total) * d_scale * u_scale * inner_product(d, u)
-        end_product += tl.sum(tl.sum(at_end * k_block, 1) * key_scale, 0)
-        dc = -dk_k * key_scale
-        if HAS_OUTPUT:
-            dc += tl.where(first_column == 0, load_scalars(mdm_ptr, first, end, H, head, 0.0, C, True), 0.0)
-        store_scalars(dg_ptr, reverse_sum(dc, C) + end_product, first, end, H * KEY_BLOCKS, head * KEY_BLOCKS, C)
-
-    # through H, with rows loaded again: they do not fit the registers beside the above
-    k = (load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK) * reciprocal(k_unit)[:, None]).to(OPERAND)
-    k_block = load_row_block(k_ptr, first, end, Hk, kv_head, first_column, K, C, BE) * reciprocal(k_unit)[:, None]
-    c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
-    total = last(c, C)
-    d = load_block(dh_chunks_ptr, matrix, 0, first_column, K, K, BK, BE)
-    d_scale = tl.load(dscales_ptr + matrix * 2)
-    h_scale = tl.load(scales_ptr + matrix * 2)
-    dk_h = product(k, d, OPERAND) * (2.0 * d_scale * key_scale * tl.exp(total - c))[:, None]
-    if HAS_OUTPUT or HAS_GK:
-        h = load_block(h_chunks_ptr, matrix, 0, first_column, K, K, BK, BE)
-    if HAS_GK:
-        end_product = tl.exp(total) * d_scale * h_scale * inner_product(d, h)
-        end_product += 0.5 * tl.sum(tl.sum(dk_h * k_block, 1) * key_scale, 0)
-    if HAS_OUTPUT:
-        x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
-        y_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
-        eta = load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
-        mask = decay_mask(c, C)
-        mask_t = decay_mask_transposed(c, C)
-        e = 2.0 * h_scale * key_scale * tl.sum(mask * (tl.exp(c) * eta)[:, None], 0)
-        dk_h -= product(k, h, OPERAND) * e[:, None]
-        # Σ_t D_tj η_t D_tl: what is common to j and l begins at the later of them
-        later = tl.sum(mask * mask * eta[:, None], 0)
-        row = tl.arange(0, C)
-        ridge = tl.where(row[:, None] <= row[None, :], mask_t * later[None, :], mask * later[:, None])
-        ridge *= 2.0 * key_scale[:, None] * (key_scale * key_scale)[None, :]
-        sigma = mask_t * (x_scale * y_scale)[None, :] * key_scale[:, None]
-        s = power_of_two(tl.max(tl.maximum(tl.abs(ridge), tl.abs(sigma)), 1))
-        inverse = (1.0 / s)[:, None]
-        inside = product(product(k, tl.trans(k), OPERAND) * (ridge * inverse), k_block, OPERAND)
-        y_block = load_row_block(y_ptr, first, end, H, head, first_column, K, C, BE)
-        x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-        inside = product_into(product(k, tl.trans(x), OPERAND) * (sigma * inverse), y_block, inside, OPERAND)
-        x_block = load_row_block(x_ptr, first, end, H, head, first_column, K, C, BE)
-        y = load_rows(y_ptr, first, end, H, head, K, C, BK)
-        inside = product_into(product(k, tl.trans(y), OPERAND) * (sigma * inverse), x_block, inside, OPERAND)
-        dk_h -= inside * s[:, None]
-    dk_k_h = tl.sum(dk_h * k_block, 1)
-    if HAS_GK:
-        dc = -0.5 * dk_k_h * key_scale
-        if HAS_OUTPUT:
-            q_block = load_row_block(q_ptr, first, end, H, head, first_column, K, C, BE)
-            dc -= tl.sum(y_block * q_block, 1) * y_scale
-        store_scalars(dgk_ptr, reverse_sum(dc, C) + end_product, first, end, H * KEY_BLOCKS, head * KEY_BLOCKS, C)
-    if HAS_BETA:
-        store_scalars(dbeta_ptr, (dk_k + dk_k_h) * k_unit, first, end, H * BLOCKS, head * BLOCKS, C)
-    return (dk + dk_h) * beta[:, None]
+    The part of dk through U and that through H cancel to some degree: as bfloat16 the first would lose digits that count.
+    """
+    if OPERAND == tl.float32:
+        store_rows(ptr, part, first, end, heads, head, D, C, BD)
+    else:
+        part, s = unit_rows(part)
+        store_rows(ptr, part.to(tl.float16).to(ptr.dtype.element_ty, bitcast=True), first, end, heads, head, D, C, BD)
+        store_scalars(scale_ptr, s, first, end, heads, head, C)
 
 
 @triton.jit
-def value_block(
-    k_ptr,
-    v_ptr,
-    g_ptr,
-    beta_ptr,
-    du_chunks_ptr,
-    dscales_ptr,
-    do_ptr,
-    q_ptr,
-    alpha_ptr,
-    x_ptr,
-    x_scale_ptr,
-    dbeta_ptr,
-    slot,
-    first,
-    end,
-    head,
-    kv_head,
-    first_column,
-    H: tl.constexpr,
-    Hk: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SCALE: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BE: tl.constexpr,
-    OPERAND: tl.constexpr,
-    HAS_G: tl.constexpr,
-    HAS_ALPHA: tl.constexpr,
-    HAS_BETA: tl.constexpr,
-    HAS_OUTPUT: tl.constexpr,
-):
-    """One head's part of columns first_column … + BE of dv [C, BE]; stores what these columns add to dbeta."""
-    matrix = slot.to(tl.int64) * H + head
-    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-    k, k_unit = unit_rows(load_rows(k_ptr, first, end, Hk, kv_head, K, C, BK))
-    key_scale = k_unit * beta
-    c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
-    d = load_block(du_chunks_ptr, matrix, 0, first_column, K, V, BK, BE)
-    d_scale = tl.load(dscales_ptr + matrix * 2 + 1)
-    dv = product(k, d, OPERAND) * (d_scale * tl.exp(last(c, C) - c) * key_scale)[:, None]
-    if HAS_OUTPUT:
-        q = load_rows(q_ptr, first, end, H, head, K, C, BK)
-        x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-        m, m_scale = unit_rows(readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA))
-        do, do_scale = unit_rows(load_row_block(do_ptr, first, end, H, head, first_column, V, C, BE))
-        nu = decay_mask_transposed(c, C) * (SCALE * m_scale * do_scale)[None, :] * key_scale[:, None]
-        dv += weighted_product(product(k, tl.trans(m), OPERAND), nu, do, OPERAND)
-    if HAS_BETA:
-        v = load_row_block(v_ptr, first, end, Hk, kv_head, first_column, V, C, BE)
-        store_scalars(dbeta_ptr, tl.sum(dv * v, 1), first, end, H * BLOCKS, head * BLOCKS, C)
-    return dv * beta[:, None]
+def load_part(ptr, scale_ptr, first, end, heads, head, D: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, OPERAND: tl.constexpr):
+    """What store_part stored, [C, BD] in float32. Where it is to be overwritten: no thread goes on before all have read."""
+    part = load_tile(ptr, first, end, heads, head, 0, D, C, BD)
+    if OPERAND != tl.float32:
+        part = part.to(tl.float16, bitcast=True).to(tl.float32)
+        part *= load_scalars(scale_ptr, first, end, heads, head, 0.0, C, True)[:, None]
+    tl.debug_barrier()
+    return part
 
 
 @triton.jit
-def chunk_grads_kernel(
+def grads_through_u_kernel(
     k_ptr,  # [rows, Hk, K]
     v_ptr,  # [rows, Hk, V]
     g_ptr,  # [rows, H]
-    gk_ptr,  # [rows, H]
     beta_ptr,  # [rows, H]
-    h_chunks_ptr,  # [S, H, K, K]
     u_chunks_ptr,  # [S, H, K, V]
     scales_ptr,  # [S, H, 2]
-    dh_chunks_ptr,  # [S, H, K, K]
     du_chunks_ptr,  # [S, H, K, V]
     dscales_ptr,  # [S, H, 2]
     do_ptr,  # [rows, H, V]
@@ -540,16 +370,13 @@ def chunk_grads_kernel(
     alpha_ptr,  # [rows, H]
     x_ptr,  # [rows, H, K]
     x_scale_ptr,  # [rows, H]
-    y_ptr,  # [rows, H, K]
-    y_scale_ptr,  # [rows, H]
-    eta_ptr,  # [rows, H]
     mdm_ptr,  # [rows, H]
     cu_ptr,  # [N + 1]
-    dk_ptr,  # [rows, Hk, K]
+    dk_ptr,  # [rows, Hk, K]: see store_part
+    dk_scale_ptr,  # [rows, Hk]
     dv_ptr,  # [rows, Hk, V]
-    dg_ptr,  # [rows, H, KEY_BLOCKS]: of each block of columns
-    dgk_ptr,  # [rows, H, KEY_BLOCKS]
-    dbeta_ptr,  # [rows, H, BLOCKS]
+    dg_ptr,  # [rows, H]
+    dbeta_ptr,  # [rows, H]
     N,
     T,
     H: tl.constexpr,
@@ -560,120 +387,174 @@ def chunk_grads_kernel(
     C: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    BE: tl.constexpr,
     OPERAND: tl.constexpr,
     HAS_G: tl.constexpr,
-    HAS_GK: tl.constexpr,
     HAS_ALPHA: tl.constexpr,
     HAS_BETA: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Grid (slots · column blocks of dk, then of dv; key/value heads): one program adds up the heads that share a key.
+    """Grid (slots, key/value heads): dv, dg, and what dk and dbeta get through U; one program adds up the heads that share a key.
 
-    Blocks of one slot are neighbours in the grid: what they all read comes from the L2 cache.
+    What is of size [C, C], here and below, has a row for each key and a column for each token that reads it.
     """
-    KEY_BLOCKS: tl.constexpr = (K + BE - 1) // BE
-    BLOCKS: tl.constexpr = KEY_BLOCKS + (V + BE - 1) // BE
-    slot = tl.program_id(0) // BLOCKS
-    block_id = tl.program_id(0) % BLOCKS
+    slot = tl.program_id(0)
     kv_head = tl.program_id(1)
     if PACKED:
         first, end = packed_rows(slot, cu_ptr, N, C)
     else:
         first, end = dense_rows(slot, T, C)
-    groups = H // Hk
-    total = tl.zeros((C, BE), tl.float32)
-    if block_id < KEY_BLOCKS:
-        first_column = block_id * BE
-        for group in range(groups):
-            total += key_block(
-                k_ptr,
-                v_ptr,
-                g_ptr,
-                gk_ptr,
-                beta_ptr,
-                h_chunks_ptr,
-                u_chunks_ptr,
-                scales_ptr,
-                dh_chunks_ptr,
-                du_chunks_ptr,
-                dscales_ptr,
-                do_ptr,
-                q_ptr,
-                alpha_ptr,
-                x_ptr,
-                x_scale_ptr,
-                y_ptr,
-                y_scale_ptr,
-                eta_ptr,
-                mdm_ptr,
-                dg_ptr + block_id,
-                dgk_ptr + block_id,
-                dbeta_ptr + block_id,
-                slot,
-                first,
-                end,
-                kv_head * groups + group,
-                kv_head,
-                first_column,
-                H,
-                Hk,
-                KEY_BLOCKS,
-                BLOCKS,
-                SCALE,
-                K,
-                V,
-                C,
-                BK,
-                BV,
-                BE,
-                OPERAND,
-                HAS_G,
-                HAS_GK,
-                HAS_ALPHA,
-                HAS_BETA,
-                HAS_OUTPUT,
-            )
-        store_row_block(dk_ptr, total, first, end, Hk, kv_head, first_column, K, C, BE)
+    groups: tl.constexpr = H // Hk
+    dk_sum = tl.zeros((C, BK), tl.float32)
+    dv_sum = tl.zeros((C, BV), tl.float32)
+    for group in range(groups):
+        head = kv_head * groups + group
+        matrix = slot.to(tl.int64) * H + head
+        k = load_tile(k_ptr, first, end, Hk, kv_head, 0, K, C, BK)
+        v = load_tile(v_ptr, first, end, Hk, kv_head, 0, V, C, BV)
+        d = load_block(du_chunks_ptr, matrix, 0, 0, K, V, BK, BV)
+        beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+        c = decay_exponents(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G))
+        total = last(c, C)
+        d_scale = tl.load(dscales_ptr + matrix * 2 + 1)
+        to_end = d_scale * tl.exp2(total - c)
+        k, k_unit = unit_rows(k.to(tl.float32))
+        v, v_unit = unit_rows(v.to(tl.float32))
+        k = k.to(OPERAND)
+        v = v.to(OPERAND)
+        key_scale = k_unit * beta
+        value_scale = v_unit * beta
+        if HAS_G:
+            u = load_block(u_chunks_ptr, matrix, 0, 0, K, V, BK, BV)
+            u_scale = tl.load(scales_ptr + matrix * 2 + 1)
+            end_product = tl.exp2(total) * d_scale * u_scale * inner_product(d, u)
+        dv = product(k, d, OPERAND) * (to_end * key_scale)[:, None]
+        dk = product(v, tl.trans(d), OPERAND) * (to_end * value_scale)[:, None]
+        if HAS_G:
+            end_product += tl.sum(tl.sum(dk * k.to(tl.float32), 1) * key_scale, 0)
+        if HAS_OUTPUT:
+            do, do_scale = unit_rows(load_rows(do_ptr, first, end, H, head, V, C, BV))
+            do = do.to(OPERAND)
+            q = load_rows(q_ptr, first, end, H, head, K, C, BK)
+            x = load_rows(x_ptr, first, end, H, head, K, C, BK)
+            m, m_scale = unit_rows(readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA))
+            m = m.to(OPERAND)
+            nu = decay_mask_transposed(c, C) * (SCALE * m_scale * do_scale)[None, :]
+            s = power_of_two(tl.max(nu, 1))
+            nu *= reciprocal_of_power(s)[:, None]
+            dv += product(product(k, tl.trans(m), OPERAND) * nu, do, OPERAND) * (s * key_scale)[:, None]
+            dk += product(product(v, tl.trans(do), OPERAND) * nu, m, OPERAND) * (s * value_scale)[:, None]
+        dk_k = tl.sum(dk * k.to(tl.float32), 1)
+        if HAS_G:
+            dc = -dk_k * key_scale
+            if HAS_OUTPUT:
+                dc += load_scalars(mdm_ptr, first, end, H, head, 0.0, C, True)
+            store_scalars(dg_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
+        if HAS_BETA:
+            store_scalars(dbeta_ptr, dk_k * k_unit + tl.sum(dv * v.to(tl.float32), 1) * v_unit, first, end, H, head, C)
+        dk_sum += dk * beta[:, None]
+        dv_sum += dv * beta[:, None]
+    store_part(dk_ptr, dk_scale_ptr, dk_sum, first, end, Hk, kv_head, K, C, BK, OPERAND)
+    store_rows(dv_ptr, dv_sum, first, end, Hk, kv_head, V, C, BV)
+
+
+@triton.jit
+def grads_through_h_kernel(
+    k_ptr,  # [rows, Hk, K]
+    gk_ptr,  # [rows, H]
+    beta_ptr,  # [rows, H]
+    h_chunks_ptr,  # [S, H, K, K]
+    scales_ptr,  # [S, H, 2]
+    dh_chunks_ptr,  # [S, H, K, K]
+    dscales_ptr,  # [S, H, 2]
+    q_ptr,  # [rows, H, K]
+    x_ptr,  # [rows, H, K]
+    x_scale_ptr,  # [rows, H]
+    y_ptr,  # [rows, H, K]
+    y_scale_ptr,  # [rows, H]
+    eta_ptr,  # [rows, H]
+    cu_ptr,  # [N + 1]
+    dk_ptr,  # [rows, Hk, K]: the part through U on entry, see store_part
+    dk_scale_ptr,  # [rows, Hk]
+    dgk_ptr,  # [rows, H]
+    dbeta_ptr,  # [rows, H]: the part through U on entry
+    N,
+    T,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_GK: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Grid (slots, key/value heads): dgk, and what dk and dbeta get through H."""
+    slot = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    if PACKED:
+        first, end = packed_rows(slot, cu_ptr, N, C)
     else:
-        first_column = (block_id - KEY_BLOCKS) * BE
-        for group in range(groups):
-            total += value_block(
-                k_ptr,
-                v_ptr,
-                g_ptr,
-                beta_ptr,
-                du_chunks_ptr,
-                dscales_ptr,
-                do_ptr,
-                q_ptr,
-                alpha_ptr,
-                x_ptr,
-                x_scale_ptr,
-                dbeta_ptr + block_id,
-                slot,
-                first,
-                end,
-                kv_head * groups + group,
-                kv_head,
-                first_column,
-                H,
-                Hk,
-                BLOCKS,
-                SCALE,
-                K,
-                V,
-                C,
-                BK,
-                BE,
-                OPERAND,
-                HAS_G,
-                HAS_ALPHA,
-                HAS_BETA,
-                HAS_OUTPUT,
-            )
-        store_row_block(dv_ptr, total, first, end, Hk, kv_head, first_column, V, C, BE)
+        first, end = dense_rows(slot, T, C)
+    groups: tl.constexpr = H // Hk
+    row = tl.arange(0, C)
+    dk_sum = tl.zeros((C, BK), tl.float32)
+    for group in range(groups):
+        head = kv_head * groups + group
+        matrix = slot.to(tl.int64) * H + head
+        k = load_tile(k_ptr, first, end, Hk, kv_head, 0, K, C, BK)
+        d = load_block(dh_chunks_ptr, matrix, 0, 0, K, K, BK, BK)
+        beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+        c = decay_exponents(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK))
+        total = last(c, C)
+        d_scale = tl.load(dscales_ptr + matrix * 2)
+        h_scale = tl.load(scales_ptr + matrix * 2)
+        k, k_unit = unit_rows(k.to(tl.float32))
+        k = k.to(OPERAND)
+        key_scale = k_unit * beta
+        if HAS_GK or HAS_OUTPUT:
+            h = load_block(h_chunks_ptr, matrix, 0, 0, K, K, BK, BK)
+        if HAS_GK:
+            end_product = tl.exp2(total) * d_scale * h_scale * inner_product(d, h)
+        dk = product(k, d, OPERAND) * (2.0 * d_scale * key_scale * tl.exp2(total - c))[:, None]
+        if HAS_GK:
+            end_product += 0.5 * tl.sum(tl.sum(dk * k.to(tl.float32), 1) * key_scale, 0)
+        if HAS_OUTPUT:
+            x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
+            y_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
+            eta = load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
+            mask = decay_mask_transposed(c, C)
+            e = 2.0 * h_scale * key_scale * tl.sum(mask * (tl.exp2(c) * eta)[None, :], 1)
+            dk -= product(k, h, OPERAND) * e[:, None]
+            # Σ_t D_tj η_t D_tl: what is common to j and l begins at the later of them
+            later = tl.sum(mask * mask * eta[None, :], 1)
+            ridge = tl.where(row[:, None] <= row[None, :], mask * later[None, :], decay_mask(c, C) * later[:, None])
+            ridge *= 2.0 * key_scale[:, None] * (key_scale * key_scale)[None, :]
+            sigma = mask * (x_scale * y_scale)[None, :] * key_scale[:, None]
+            s = power_of_two(tl.max(tl.maximum(tl.abs(ridge), tl.abs(sigma)), 1))
+            inverse = reciprocal_of_power(s)[:, None]
+            sigma *= inverse
+            inside = product(product(k, tl.trans(k), OPERAND) * (ridge * inverse), k, OPERAND)
+            x = load_tile(x_ptr, first, end, H, head, 0, K, C, BK)
+            y = load_tile(y_ptr, first, end, H, head, 0, K, C, BK)
+            inside = product_into(product(k, tl.trans(x), OPERAND) * sigma, y, inside, OPERAND)
+            inside = product_into(product(k, tl.trans(y), OPERAND) * sigma, x, inside, OPERAND)
+            dk -= inside * s[:, None]
+        dk_k = tl.sum(dk * k.to(tl.float32), 1)
+        if HAS_GK:
+            dc = -0.5 * dk_k * key_scale
+            if HAS_OUTPUT:
+                q = load_rows(q_ptr, first, end, H, head, K, C, BK)
+                dc -= tl.sum(y.to(tl.float32) * q, 1) * y_scale
+            store_scalars(dgk_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
+        if HAS_BETA:
+            dbeta = load_scalars(dbeta_ptr, first, end, H, head, 0.0, C, True)
+            store_scalars(dbeta_ptr, dbeta + dk_k * k_unit, first, end, H, head, C)
+        dk_sum += dk * beta[:, None]
+    dk_sum += load_part(dk_ptr, dk_scale_ptr, first, end, Hk, kv_head, K, C, BK, OPERAND)
+    store_rows(dk_ptr, dk_sum, first, end, Hk, kv_head, K, C, BK)
 
 
 def launch_chunk_grads(
@@ -710,32 +591,26 @@ def launch_chunk_grads(
     x, x_scale, y, y_scale, eta, mdm = compact(x, x_scale, y, y_scale, eta, mdm)
     _, T, Hk, K = k.shape
     V, N = v.shape[-1], 1 if cu is None else cu.shape[0] - 1
-    BE = min(config.GRADS_COLUMNS, block(K), block(V))
-    key_blocks, value_blocks = triton.cdiv(K, BE), triton.cdiv(V, BE)
-    dk, dv, *gates = out
-    # every block of columns leaves what it adds; what a single one leaves is all
-    counts = (key_blocks, key_blocks, key_blocks + value_blocks)
-    parts = [x if n == 1 else x.new_empty(*x.shape, n) for x, n in zip(gates, counts, strict=True)]
-    common = shared_options(H, k, cu, C)
+    dk, dv, dg, dgk, dbeta = out
+    dk_scale = k.new_empty(k.shape[:3], dtype=torch.float32)
+    grid, sizes = (h_chunks.shape[0], Hk), (N, T)
+    common = shared_options(H, k, cu, C) | {"K": K, "BK": block(K), "HAS_BETA": beta is not None, "HAS_OUTPUT": do is not None}
     with on_device(k):
-        wrap_triton(chunk_grads_kernel)[(h_chunks.shape[0] * (key_blocks + value_blocks), Hk)](
-            *(k, v, *present(k, g, gk, beta), h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
-            *present(k, do, q, alpha, x, x_scale, y, y_scale, eta, mdm, cu),
-            *(dk, dv, *parts, N, T),
+        wrap_triton(grads_through_u_kernel)[grid](
+            *(k, v, *present(k, g, beta), u_chunks, state_scales, du_chunks, dstate_scales),
+            *(*present(k, do, q, alpha, x, x_scale, mdm, cu), dk, dk_scale, dv, dg, dbeta, *sizes),
             SCALE=scale,
-            K=K,
             V=V,
-            BK=block(K),
             BV=block(V),
-            BE=BE,
             HAS_G=g is not None,
-            HAS_GK=gk is not None,
             HAS_ALPHA=alpha is not None,
-            HAS_BETA=beta is not None,
-            HAS_OUTPUT=do is not None,
             **common,
-            **settings("chunk_grads", k, K, V),
+            **settings("grads_through_u", k, K, V),
         )
-        for x, part in zip(gates, parts, strict=True):
-            if part is not x and x.numel():
-                torch.sum(part, -1, out=x)
+        wrap_triton(grads_through_h_kernel)[grid](
+            *(k, *present(k, gk, beta), h_chunks, state_scales, dh_chunks, dstate_scales),
+            *(*present(k, q, x, x_scale, y, y_scale, eta, cu), dk, dk_scale, dgk, dbeta, *sizes),
+            HAS_GK=gk is not None,
+            **common,
+            **settings("grads_through_h", k, K),
+        )

@@ -12,6 +12,7 @@ from torch.library import wrap_triton
 
 from .launch import Tensors, block, compact, on_device, polynomial, present, settings, shared_options
 from .tile import (
+    decay_exponents,
     decay_mask,
     dense_rows,
     frobenius,
@@ -39,13 +40,6 @@ __all__ = [
     "launch_chunk_output",
     "launch_chunk_output_bwd",
 ]
-
-
-@triton.jit
-def load_keys(k_ptr, beta_ptr, first, end, H, head, Hk, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, HAS_BETA: tl.constexpr):
-    """Keys with beta as unit rows [C, BK] and their factor [C]."""
-    k, scale = unit_rows(load_rows(k_ptr, first, end, Hk, head // (H // Hk), K, C, BK))
-    return k, scale * load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
 
 
 @triton.jit
@@ -92,9 +86,9 @@ def chunk_solve_kernel(
     beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
     k, key_scale = unit_rows(k.to(tl.float32))
     key_scale *= beta
-    c = tl.cumsum(gk, 0)
+    c = decay_exponents(gk)
     mask = decay_mask(c, C)
-    gamma = tl.exp(c)
+    gamma = tl.exp2(c)
     phi = frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND)
     store_scalars(phi_ptr, phi, first, end, H, head, C)
     q, q_scale = unit_rows(q.to(tl.float32))
@@ -142,15 +136,21 @@ def chunk_read_kernel(
     else:
         first, end = dense_rows(slot, T, C)
     matrix = slot.to(tl.int64) * H + head
-    x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-    q = load_rows(q_ptr, first, end, H, head, K, C, BK)
-    m, m_scale = unit_rows(readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA))
-    k, key_scale = load_keys(k_ptr, beta_ptr, first, end, H, head, Hk, K, C, BK, HAS_BETA)
-    v, v_scale = load_keys(v_ptr, beta_ptr, first, end, H, head, Hk, V, C, BV, HAS_BETA)
+    x = load_tile(x_ptr, first, end, H, head, 0, K, C, BK)
+    q = load_tile(q_ptr, first, end, H, head, 0, K, C, BK)
+    k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
+    v = load_tile(v_ptr, first, end, Hk, head // (H // Hk), 0, V, C, BV)
+    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+    m = readout(q.to(tl.float32), x.to(tl.float32), x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA)
+    m, m_scale = unit_rows(m)
+    k, key_scale = unit_rows(k.to(tl.float32))
+    v, v_scale = unit_rows(v.to(tl.float32))
+    key_scale *= beta
+    v_scale *= beta
     u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
-    c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
+    c = decay_exponents(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G))
     # where q lies across the keys, m is long and hardly reads U: its digits count
-    o = split_product(m, u, OPERAND) * (tl.exp(c) * u_scale)[:, None]
+    o = split_product(m, u, OPERAND) * (tl.exp2(c) * u_scale)[:, None]
     weight = decay_mask(c, C) * (key_scale * v_scale)[None, :]
     o += weighted_product(split_product(m, tl.trans(k), OPERAND), weight, v, OPERAND)
     store_rows(o_ptr, o * (m_scale * SCALE)[:, None], first, end, H, head, V, C, BV)
@@ -249,12 +249,18 @@ def chunk_read_bwd_kernel(
     else:
         first, end = dense_rows(slot, T, C)
     matrix = slot.to(tl.int64) * H + head
-    do, do_scale = unit_rows(load_rows(do_ptr, first, end, H, head, V, C, BV))
-    k, key_scale = load_keys(k_ptr, beta_ptr, first, end, H, head, Hk, K, C, BK, HAS_BETA)
-    v, v_scale = load_keys(v_ptr, beta_ptr, first, end, H, head, Hk, V, C, BV, HAS_BETA)
+    do = load_tile(do_ptr, first, end, H, head, 0, V, C, BV)
+    v = load_tile(v_ptr, first, end, Hk, head // (H // Hk), 0, V, C, BV)
+    k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
     u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
-    c = tl.cumsum(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G), 0)
-    dm = product(do, tl.trans(u), OPERAND) * (tl.exp(c) * u_scale)[:, None]
+    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+    do, do_scale = unit_rows(do.to(tl.float32))
+    v, v_scale = unit_rows(v.to(tl.float32))
+    k, key_scale = unit_rows(k.to(tl.float32))
+    key_scale *= beta
+    v_scale *= beta
+    c = decay_exponents(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G))
+    dm = product(do, tl.trans(u), OPERAND) * (tl.exp2(c) * u_scale)[:, None]
     weight = decay_mask(c, C) * (key_scale * v_scale)[None, :]
     dm += weighted_product(product(do, tl.trans(v), OPERAND), weight, k, OPERAND)
     dm, dm_scale = unit_rows(dm)
@@ -313,13 +319,16 @@ def chunk_solve_bwd_kernel(
         first, end = dense_rows(slot, T, C)
     matrix = slot.to(tl.int64) * H + head
     h, h_scale = load_state(h_chunks_ptr, scales_ptr, matrix, 0, 0, K, K, BK, BK)
-    k, key_scale = load_keys(k_ptr, beta_ptr, first, end, H, head, Hk, K, C, BK, HAS_BETA)
-    c = tl.cumsum(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK), 0)
+    k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
+    held = load_tile(y_ptr, first, end, H, head, 0, K, C, BK)
+    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
     phi = load_scalars(phi_ptr, first, end, H, head, 0.0, C, True)
-    dm = load_rows(y_ptr, first, end, H, head, K, C, BK)
     dm_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)  # before the solve: no warp may have stored y_scale yet
-    held = dm.to(OPERAND)  # half the room in the solve
-    y = solve(dm, k, key_scale, decay_mask(c, C), tl.exp(c), h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
+    c = decay_exponents(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK))
+    k, key_scale = unit_rows(k.to(tl.float32))
+    key_scale *= beta
+    dm = held.to(tl.float32)
+    y = solve(dm, k, key_scale, decay_mask(c, C), tl.exp2(c), h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
     y, y_scale = unit_rows(y)
     gain = reciprocal(phi)
     alpha = load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)

@@ -10,6 +10,7 @@ from torch.library import wrap_triton
 from .. import config
 from .launch import Tensors, block, compact, on_device, present, settings, shared_options
 from .tile import (
+    decay_exponents,
     dense_rows,
     largest_entry,
     last,
@@ -19,7 +20,7 @@ from .tile import (
     load_tile,
     packed_rows,
     power_of_two,
-    reciprocal,
+    reciprocal_of_power,
     row_scales,
     split_outer_product,
     store_state,
@@ -74,7 +75,7 @@ def chunk_factors_kernel(
     k_unit = row_scales(k)
     v_unit = row_scales(v)
     row = tl.arange(0, C)
-    tl.store(factors_ptr + matrix * (3 * C) + row, reciprocal(k_unit))
+    tl.store(factors_ptr + matrix * (3 * C) + row, reciprocal_of_power(k_unit))
     store_factor(factors_ptr, sums_ptr, matrix, 0, gk, beta * beta * k_unit, k_unit, C)
     store_factor(factors_ptr, sums_ptr, matrix, 1, g, beta * beta * k_unit, v_unit, C)
 
@@ -82,13 +83,13 @@ def chunk_factors_kernel(
 @triton.jit
 def store_factor(factors_ptr, sums_ptr, matrix, WHICH: tl.constexpr, decay, left, unit, C: tl.constexpr):
     """Factors of the second operand, rows of size ``unit`` with weights left · unit · decay until the chunk's end."""
-    c = tl.cumsum(decay, 0)
+    c = decay_exponents(decay)
     total = last(c, C)
-    weight = tl.exp(total - c) * left * unit
+    weight = tl.exp2(total - c) * left * unit
     s = power_of_two(tl.max(weight, 0))
     place = matrix * (3 * C) + (1 + WHICH) * C + tl.arange(0, C)
-    tl.store(factors_ptr + place, weight * (1.0 / s) * reciprocal(unit))
-    tl.store(sums_ptr + matrix * 6 + WHICH * 3, tl.exp(total))
+    tl.store(factors_ptr + place, weight * reciprocal_of_power(s) * reciprocal_of_power(unit))
+    tl.store(sums_ptr + matrix * 6 + WHICH * 3, tl.exp2(total))
     tl.store(sums_ptr + matrix * 6 + WHICH * 3 + 1, s)
     tl.store(sums_ptr + matrix * 6 + WHICH * 3 + 2, 4.0 * tl.sum(weight, 0))
 

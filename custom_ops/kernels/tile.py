@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "decay_exponents",
     "decay_mask",
     "decay_mask_transposed",
     "dense_rows",
@@ -32,6 +33,7 @@ __all__ = [
     "product_into",
     "readout",
     "reciprocal",
+    "reciprocal_of_power",
     "row_scales",
     "solve",
     "split_outer_product",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # below this ‖H‖_F counts as zero
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -160,6 +163,12 @@ def reciprocal(x):
 
 
 @triton.jit
+def reciprocal_of_power(s):
+    """1/s of a power of two between 2^-126 and 2^126, and 0 of 0: exact, and two instructions where a division takes ten."""
+    return tl.where(s == 0.0, 0.0, (0x7F000000 - s.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def row_scales(x):
     """A power of two for each row [C] that brings its entries below 2; 0 for a row of zeros."""
     return unit_scale(tl.max(tl.abs(x.to(tl.float32)), 1))
@@ -169,7 +178,7 @@ def row_scales(x):
 def unit_rows(x):
     """(x divided by row_scales, those)."""
     s = row_scales(x)
-    return x * reciprocal(s)[:, None], s
+    return x * reciprocal_of_power(s)[:, None], s
 
 
 @triton.jit
@@ -216,7 +225,7 @@ def split_product(a, b, OPERAND: tl.constexpr):
 def weighted_product(p, weight, b, OPERAND: tl.constexpr):
     """(p ∘ weight) @ b, the weights normalised row by row so that they fit the operand precision."""
     s = power_of_two(tl.max(tl.abs(weight), 1))
-    return product(p * (weight * (1.0 / s)[:, None]), b, OPERAND) * s[:, None]
+    return product(p * (weight * reciprocal_of_power(s)[:, None]), b, OPERAND) * s[:, None]
 
 
 @triton.jit
@@ -229,23 +238,26 @@ def split_outer_product(a, b, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def masked_exp(inside, x):
-    """exp(x) inside, else 0; what x is outside does not matter."""
-    return tl.where(inside, tl.exp(tl.where(inside, x, 0.0)), 0.0)
+def decay_exponents(decay):
+    """c [C] of natural-log decays [C]: their sums up to each token, in base 2, so that 2^{c_t} is the decay up to t.
+
+    Base 2, because tl.exp2 is one instruction, and tl.exp five, in masks of C² elements.
+    """
+    return tl.cumsum(decay * LOG2E, 0)
 
 
 @triton.jit
 def decay_mask(c, C: tl.constexpr):
-    """D_tj = exp(c_t − c_j) for j ≤ t, else 0."""
+    """D_tj = 2^{c_t − c_j} for j ≤ t, else 0."""
     row = tl.arange(0, C)
-    return masked_exp(row[:, None] >= row[None, :], c[:, None] - c[None, :])
+    return tl.exp2(tl.where(row[:, None] >= row[None, :], c[:, None] - c[None, :], float("-inf")))
 
 
 @triton.jit
 def decay_mask_transposed(c, C: tl.constexpr):
     """D_tj with j along the rows, computed rather than transposed (see docs/design.md)."""
     row = tl.arange(0, C)
-    return masked_exp(row[:, None] <= row[None, :], c[None, :] - c[:, None])
+    return tl.exp2(tl.where(row[:, None] <= row[None, :], c[None, :] - c[:, None], float("-inf")))
 
 
 @triton.jit
@@ -307,7 +319,7 @@ def store_state(
     column = first_column + tl.arange(0, BE)[None, :]
     s = unit_scale(bound)
     target = ptr + matrix * (D * E) + row * E + column
-    tl.store(target, (tile * reciprocal(s)).to(ptr.dtype.element_ty), mask=(row < D) & (column < E))
+    tl.store(target, (tile * reciprocal_of_power(s)).to(ptr.dtype.element_ty), mask=(row < D) & (column < E))
     tl.store(scale_ptr + matrix * 2 + WHICH, s, mask=first_column == 0)
 
 
@@ -331,8 +343,8 @@ def frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND: tl.constexpr):
     start = inner_product(h, h)
     square_scale = key_scale * key_scale
     unit = power_of_two(tl.maximum(h_scale, tl.max(square_scale, 0)))  # φ² would leave float32 where φ does not
-    square_scale = square_scale / unit
-    start_gain = gamma * (h_scale / unit)
+    square_scale *= reciprocal_of_power(unit)
+    start_gain = gamma * (h_scale * reciprocal_of_power(unit))
     cross = tl.sum(product(k, h, OPERAND) * k, 1) * square_scale  # kᵀ h k of each key
     gram = product(k, tl.trans(k), OPERAND)
     row = tl.arange(0, C)
