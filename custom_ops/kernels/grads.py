@@ -22,6 +22,7 @@ from .tile import (
     largest_entry,
     last,
     load_block,
+    load_block_transposed,
     load_row_block,
     load_rows,
     load_scalars,
@@ -429,9 +430,10 @@ def grads_through_u_kernel(
             u_scale = tl.load(scales_ptr + matrix * 2 + 1)
             end_product = tl.exp2(total) * d_scale * u_scale * inner_product(d, u)
         dv = product(k, d, OPERAND) * (to_end * key_scale)[:, None]
-        dk = product(v, tl.trans(d), OPERAND) * (to_end * value_scale)[:, None]
+        d = load_block_transposed(du_chunks_ptr, matrix, K, V, BK, BV)
+        dk = product(v, d, OPERAND) * (to_end * value_scale)[:, None]
         if HAS_G:
-            end_product += tl.sum(tl.sum(dk * k.to(tl.float32), 1) * key_scale, 0)
+            end_product += inner_product(dk, k.to(tl.float32) * key_scale[:, None])
         if HAS_OUTPUT:
             do, do_scale = unit_rows(load_rows(do_ptr, first, end, H, head, V, C, BV))
             do = do.to(OPERAND)
@@ -520,7 +522,7 @@ def grads_through_h_kernel(
             end_product = tl.exp2(total) * d_scale * h_scale * inner_product(d, h)
         dk = product(k, d, OPERAND) * (2.0 * d_scale * key_scale * tl.exp2(total - c))[:, None]
         if HAS_GK:
-            end_product += 0.5 * tl.sum(tl.sum(dk * k.to(tl.float32), 1) * key_scale, 0)
+            end_product += 0.5 * inner_product(dk, k.to(tl.float32) * key_scale[:, None])
         if HAS_OUTPUT:
             x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
             y_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
