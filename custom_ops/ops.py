@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op, triton_op
 
-from . import reference
+from . import ahead, reference
+from .eager import EagerOp
 from .reference import compute_dtype, num_slots, storage_dtype
 
 try:
@@ -41,6 +41,7 @@ try:
         launch_chunk_state,
         launch_chunk_state_bwd,
         launch_step,
+        plan_step,
     )
 except ImportError as error:  # no Triton on this machine: CPU tensors only
     if (error.name or "").split(".")[0] != "triton":
@@ -50,7 +51,7 @@ except ImportError as error:  # no Triton on this machine: CPU tensors only
         raise RuntimeError("gka ops on a GPU, or under TRITON_INTERPRET=1, need Triton, which is not installed: pip install triton")
 
     launch_chunk_grads = launch_chunk_output = launch_chunk_output_bwd = _no_triton  # type: ignore[assignment]
-    launch_chunk_state = launch_chunk_state_bwd = launch_step = _no_triton  # type: ignore[assignment]
+    launch_chunk_state = launch_chunk_state_bwd = launch_step = plan_step = _no_triton  # type: ignore[assignment]
 
 __all__ = [
     "chunk_grads",
@@ -59,6 +60,7 @@ __all__ = [
     "chunk_state",
     "chunk_state_bwd",
     "interpreting",
+    "plan_step",
     "step",
     "step_",
 ]
@@ -81,7 +83,7 @@ def _register(
     specification: Callable[..., Any],
     launch: Callable[..., Any],
     mutates: Sequence[str] = (),
-) -> tuple[CustomOpDef, CustomOpDef]:
+) -> tuple[EagerOp, EagerOp]:
     """Register ``gka::<name>`` from its typed body, and ``gka::<name>_cpu``, opaque to every compiler."""
 
     def run_on_cpu(*args: Any) -> Any:
@@ -103,12 +105,18 @@ def _register(
             distinct.append(r)
         return tuple(distinct)
 
+    def fake(*args: Any) -> Any:
+        out = outputs(*args)
+        if ahead.kept_launches() is not None:
+            launch(*args, out)
+        return out
+
     op: Any = triton_op(f"gka::{name}", body, mutates_args=mutates)
     schema = str(getattr(torch.ops.gka, name).default._schema).removeprefix(f"gka::{name}")
     twin = custom_op(f"gka::{name}_cpu", run_on_cpu, mutates_args=mutates, schema=schema, device_types="cpu")
-    op.register_fake(outputs)
+    op.register_fake(fake)
     twin.register_fake(outputs)
-    return op, twin
+    return EagerOp.over(op, body, mutates), EagerOp.over(twin, run_on_cpu, mutates)
 
 
 # --- chunk_state -----------------------------------------------------------------------------------------------------------

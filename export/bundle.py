@@ -37,25 +37,22 @@ import operator
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
-from torch._library.triton import set_wrap_triton_enabled
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy import functions as symbolic
 
-from gka_compile.custom_ops import config
+from gka_compile.custom_ops import ahead, config
 from gka_compile.custom_ops.reference import num_slots, storage_dtype
 from gka_compile.validation import MAX_WIDTH
 
@@ -297,7 +294,7 @@ class _OnlyAllocations(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _Launch:
-    """One launch on its way to the GPU."""
+    """One launch on its way to the GPU, its arguments by name."""
 
     kernel: Any
     grid: tuple[Any, ...]
@@ -305,22 +302,12 @@ class _Launch:
     options: dict[str, Any]  # num_warps, num_stages, …
 
 
-@contextmanager
-def _caught() -> Iterator[list[_Launch]]:
-    """Triton launches inside go into the list."""
-    from triton.runtime.jit import JITFunction
-
-    launches: list[_Launch] = []
-
-    def run(kernel: Any, *args: Any, grid: Any, warmup: bool = False, **named: Any) -> None:
-        options = {name: named.pop(name) for name in list(named) if name not in kernel.arg_names}
-        bound = inspect.signature(kernel.fn).bind(*args, **named)
-        bound.apply_defaults()
-        grid = grid(bound.arguments) if callable(grid) else grid
-        launches.append(_Launch(kernel, (*grid, 1, 1)[:3], dict(bound.arguments), options))
-
-    with set_wrap_triton_enabled(False), mock.patch.object(JITFunction, "run", run):
-        yield launches
+def _bound(made: ahead.Launch) -> _Launch:
+    kernel, named = made.kernel, dict(made.named)
+    options = {name: named.pop(name) for name in made.named if name not in kernel.arg_names}
+    bound = inspect.signature(kernel.fn).bind(*made.args, **named)
+    bound.apply_defaults()
+    return _Launch(kernel, (*made.grid, 1, 1)[:3], dict(bound.arguments), options)
 
 
 def _trace(launch: Callable[[], None], tensors: Mapping[str, Tensor], sizes: _Sizes) -> tuple[list[_Launch], dict[str, Any]]:
@@ -328,8 +315,9 @@ def _trace(launch: Callable[[], None], tensors: Mapping[str, Tensor], sizes: _Si
     names = {t.untyped_storage()._cdata: name for name, t in tensors.items()}
     temporaries: list[dict[str, Any]] = []
     launches: list[dict[str, Any]] = []
-    with sizes.mode, _caught() as caught, _OnlyAllocations():
+    with sizes.mode, ahead.keeping_launches() as kept, _OnlyAllocations():
         launch()
+    caught = [_bound(made) for made in kept]
     for made in caught:
         arguments: list[dict[str, Any]] = []
         for parameter in made.kernel.params:

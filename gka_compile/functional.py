@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .custom_ops import config, ops
+from .custom_ops import ahead, config, ops, plans
 from .validation import check_chunk, check_step
 
 __all__ = ["GKAState", "chunk_gka", "step_gka"]
@@ -29,6 +29,29 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(device)
         return q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v
+
+
+def _chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    h0: Tensor | None,
+    u0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_heads: int,
+    chunk_size: int,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ops of :func:`chunk_gka`: (o, h_out, u_out)."""
+    *states, h_out, u_out = ops.chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, num_heads, chunk_size)
+    o, *_ = ops.chunk_output(q, k, v, g, gk, alpha, beta, h0, u0, *states, cu_seqlens, scale, ridge_ratio, num_iter, chunk_size)
+    return o, h_out, u_out
 
 
 def chunk_gka(
@@ -84,15 +107,15 @@ def chunk_gka(
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
     check_chunk(q, k, v, gates, scale, ridge_ratio, num_iter, initial_state, cu_seqlens)
     q, k, v = _autocast(q, k, v)
-    H, K, V = q.shape[2], q.shape[3], v.shape[3]
+    (_, T, H, K), V = q.shape, v.shape[3]
     h0, u0 = (None, None) if initial_state is None else initial_state
     C = config.chunk_size(q.device, q.dtype.itemsize, K, V)
     scale = K**-0.5 if scale is None else float(scale)
-    h_chunks, u_chunks, state_scales, h_out, u_out = ops.chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, H, C)
-    o, *_ = ops.chunk_output(
-        *(q, k, v, g, gk, alpha, beta, h0, u0, h_chunks, u_chunks, state_scales, cu_seqlens),
-        *(scale, float(ridge_ratio), num_iter, C),
-    )
+    tensors = (q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens)
+    constants = (H, C, scale, float(ridge_ratio), num_iter)
+    sizes = (T,) if cu_seqlens is None else (T, cu_seqlens.shape[0] - 1)
+    ahead.compile_ahead(_chunk, tensors, constants, (k.shape[2], K, V), sizes)
+    o, h_out, u_out = _chunk(*tensors, *constants)
     return o, GKAState(h_out, u_out) if output_final_state else None
 
 
@@ -124,6 +147,11 @@ def step_gka(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    key = None
+    if inplace:
+        done, key = plans.repeat_step(q, k, v, state, g, gk, alpha, beta, scale, ridge_ratio, num_iter)
+        if done is not None:
+            return done, state if isinstance(state, GKAState) else GKAState(*state)
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
     check_step(q, k, v, state, gates, scale, ridge_ratio, num_iter)
     q, k, v = _autocast(q, k, v)
@@ -140,4 +168,7 @@ def step_gka(
     for name, x in (("state.h_kk", h), ("state.h_kv", u)):
         if not x.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor to update in place, got strides {x.stride()}")
-    return ops.step_(*args), GKAState(h, u)
+    o = ops.step_(*args)
+    if key is not None:
+        plans.keep_step(key, o, ops.plan_step(*args))
+    return o, GKAState(h, u)

@@ -8,7 +8,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton
@@ -16,11 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from gka_compile.custom_ops import kernels
+from gka_compile.custom_ops import ahead
 
 SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may use, by compute capability
 _TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
-_MODULES = ("decode", "grads", "output", "state")
 
 
 @dataclass
@@ -35,26 +33,12 @@ class Launch:
 
 def record(launcher: Any, *args: Any) -> list[Launch]:
     """The launches that ``launcher`` would do."""
-    launches: list[Launch] = []
-
-    class Wrapped:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: Any) -> Any:
-            def launch(*args: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
-                launches.append(Launch(self.kernel, args, constants, {"num_warps": num_warps, "num_stages": num_stages}))
-
-            return launch
-
-    patches = [patch(f"{kernels.__name__}.{module}.wrap_triton", Wrapped) for module in _MODULES]
-    for p in patches:
-        p.start()
-    try:
+    with ahead.keeping_launches() as kept:
         launcher(*args)
-    finally:
-        for p in patches:
-            p.stop()
+    launches = []
+    for made in kept:
+        options = {name: made.named[name] for name in ("num_warps", "num_stages")}
+        launches.append(Launch(made.kernel, made.args, {n: x for n, x in made.named.items() if n not in options}, options))
     return launches
 
 

@@ -320,7 +320,7 @@ def test_changed_files_are_found(small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m["variants"][0]["targets"]["8.7"]["launches"][0].update(threads=64), "the manifest was changed"),
+        (lambda m: m["variants"][0]["targets"]["8.7"]["launches"][0].update(threads=96), "the manifest was changed"),
         (lambda m: m.update(version=2), "expected format version 1 .* got 2 .*: build the bundle again"),
         (lambda m: m.update(format="artifact"), "got JSON of another kind"),
     ],

@@ -10,6 +10,7 @@ from helpers import DEVICE, relative_error
 from torch import Tensor, nn
 
 from gka_compile import chunk_gka, step_gka
+from gka_compile.custom_ops import plans, recurrent_gka
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 Dim = torch.export.Dim
@@ -50,6 +51,21 @@ def with_gradients(function: object, given: tuple[Tensor, ...]) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in given]
     outputs = function(*leaves)  # type: ignore[operator]
     return [*outputs, *torch.autograd.grad([x.float().square().sum() for x in outputs], leaves)]
+
+
+def test_a_single_token_trains() -> None:
+    """T = 1 is a constant to Triton, which compiles other code for it."""
+
+    def exact(q: Tensor, k: Tensor, v: Tensor, g: Tensor, alpha: Tensor, beta: Tensor, h: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+        return tuple(recurrent_gka(q, k, v, g, g, alpha, beta, num_iter=None, initial_state=(h, u)))  # type: ignore[arg-type]
+
+    for K in (64, 128):
+        given = inputs(2, 1, K=K)
+        found = with_gradients(Prefill(), given)
+        expected = with_gradients(exact, tuple(x.double().cpu() for x in given))
+        expected[-2] = (expected[-2] + expected[-2].mT) / 2  # of h only this is defined
+        for x, y in zip(found, expected, strict=True):
+            assert relative_error(x.cpu(), y) < 0.02
 
 
 def test_compiled_training_is_eager() -> None:
@@ -104,3 +120,73 @@ def test_the_op_runs_on_its_inputs_device() -> None:
     for x, y in zip(found, Prefill()(*given), strict=True):
         assert x.device.index == 1
         assert torch.equal(x.cpu(), y.cpu())
+
+
+def steps(
+    form: str, num_iters: tuple[int, ...], gates: tuple[str, ...] = ("g", "gk", "alpha", "beta"), move: int = 0
+) -> list[Tensor]:
+    """o of every step and the last states; ``move`` puts the states that many numbers behind a multiple of 16 bytes."""
+    outputs, state = [], None
+    for i, num_iter in enumerate(num_iters):
+        q, k, v, g, alpha, beta, h, u = inputs(2, None)
+        given = {"g": g, "gk": g, "alpha": alpha, "beta": beta}
+        given = {n: x for n, x in given.items() if n in gates}
+        if state is None:
+            state = tuple(torch.cat([x.new_zeros(move), x.flatten()])[move:].view(x.shape) for x in (h, u))
+        q = q.roll(i, 0)
+        if form == "op":
+            o = torch.ops.gka.step_(
+                *(q, k, v, *state, *(given.get(n) for n in ("g", "gk", "alpha", "beta"))), 64**-0.5, 0.02, num_iter
+            )
+        else:
+            o, state = step_gka(q, k, v, state, **given, num_iter=num_iter, inplace=form == "inplace")
+        outputs.append(o)
+    return [*outputs, *state]
+
+
+@pytest.mark.parametrize("move", [0, 1])
+@pytest.mark.parametrize("gates", [(), ("gk", "beta"), ("g", "gk", "alpha", "beta")], ids=str)
+def test_repeated_steps_are_the_ops(gates: tuple[str, ...], move: int) -> None:
+    """Plans, the op and the functional step: the same bits, whatever num_iter was before and on whatever stream."""
+    plans._steps.clear()
+    num_iters = (30, 30, 7, 30, 7, 1, 30)
+    found = steps("inplace", num_iters, gates, move)
+    assert len(plans._steps) == (0 if move else 3)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        again = steps("inplace", num_iters, gates, move)
+    stream.synchronize()
+    others = [steps("op", num_iters, gates, move), again]
+    if not move:  # else its kernels are others, for only the first states that it reads lie there
+        others.append(steps("functional", num_iters, gates))
+    for other in others:
+        for x, y in zip(found, other, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_steps_are_captured_in_a_cuda_graph() -> None:
+    q, k, v, g, alpha, beta, h, u = inputs(2, None)
+    expected, new = step_gka(q, k, v, (h, u), g, g, alpha, beta=beta)
+    state = (h.clone(), u.clone())
+    step_gka(q, k, v, (h.clone(), u.clone()), g, g, alpha, beta=beta, inplace=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = step_gka(q, k, v, state, g, g, alpha, beta=beta, inplace=True)
+    graph.replay()
+    for x, y in zip((o, *state), (expected, *new), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_step_on_another_than_the_current_gpu() -> None:
+    plans._steps.clear()
+    q, k, v, g, alpha, beta, h, u = inputs(2, None)
+    expected = step_gka(q, k, v, (h, u), g, g, alpha, beta=beta)
+    q, k, v, g, alpha, beta, h, u = (x.to("cuda:1") for x in (q, k, v, g, alpha, beta, h, u))
+    for current in (0, 1, 1):
+        with torch.cuda.device(current):
+            o, state = step_gka(q, k, v, (h.clone(), u.clone()), g, g, alpha, beta=beta, inplace=True)
+        for x, y in zip((o, *state), (expected[0], *expected[1]), strict=True):
+            assert torch.equal(x.cpu(), y.cpu())
+    assert len(plans._steps) == 1

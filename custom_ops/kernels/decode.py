@@ -1,15 +1,16 @@
 """step and step_: one token of every sequence, states updated on the way through."""
 
+from collections.abc import Callable
 from typing import Any
 
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
+from triton.runtime import driver
 
-from .launch import Tensors, block, compact, on_device, polynomial, present, settings
+from .launch import Tensors, block, compact, on_device, polynomial, present, settings, wrap_triton
 from .tile import reciprocal
 
-__all__ = ["launch_step", "step_kernel"]
+__all__ = ["launch_step", "plan_step", "step_kernel"]
 
 
 @triton.jit
@@ -114,6 +115,25 @@ def step_kernel(
     tl.store(o_ptr + pid * V + column, o.to(o_ptr.dtype.element_ty), mask=column < V)
 
 
+def constants(q: Any, v: Any, g: Any, gk: Any, alpha: Any, beta: Any, scale: float, ridge: float, num_iter: int) -> dict[str, Any]:
+    (_, H, K), (Hk, V) = q.shape, v.shape[1:]
+    return {
+        "H": H,
+        "Hk": Hk,
+        "SCALE": scale,
+        "K": K,
+        "V": V,
+        "BK": block(K),
+        "BV": block(V),
+        "PARTS": max(1, block(K) // 32),
+        **polynomial(ridge, num_iter),
+        "HAS_G": g is not None,
+        "HAS_GK": gk is not None,
+        "HAS_ALPHA": alpha is not None,
+        "HAS_BETA": beta is not None,
+    }
+
+
 def launch_step(
     q: Any,
     k: Any,
@@ -131,22 +151,46 @@ def launch_step(
 ) -> None:
     """Fill ``out`` = (o, h, u) as ``ops.step`` describes; the last two may be the inputs."""
     q, k, v, h, u, g, gk, alpha, beta = compact(q, k, v, h, u, g, gk, alpha, beta)
-    (B, H, K), (Hk, V) = q.shape, v.shape[1:]
+    B, H, K = q.shape
     with on_device(q):
         wrap_triton(step_kernel)[(B * H,)](
             *(q, k, v, h, u, *present(q, g, gk, alpha, beta), *out),
-            H=H,
-            Hk=Hk,
-            SCALE=scale,
-            K=K,
-            V=V,
-            BK=block(K),
-            BV=block(V),
-            PARTS=max(1, block(K) // 32),
-            **polynomial(ridge_ratio, num_iter),
-            HAS_G=g is not None,
-            HAS_GK=gk is not None,
-            HAS_ALPHA=alpha is not None,
-            HAS_BETA=beta is not None,
+            **constants(q, v, g, gk, alpha, beta, scale, ridge_ratio, num_iter),
             **settings("step", h, K),
         )
+
+
+def plan_step(
+    q: Any,
+    k: Any,
+    v: Any,
+    h: Any,
+    u: Any,
+    g: Any,
+    gk: Any,
+    alpha: Any,
+    beta: Any,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+) -> Callable[..., None] | None:
+    """The launch of a step in place on such tensors, contiguous and on the current GPU, at any addresses that 16 divides.
+
+    Returns:
+        A function of the addresses of q, k, v, h, u, g, gk, alpha, beta (of an absent one: any) and o, or None where kernels are
+        interpreted. It goes to the stream that is current when it is called.
+    """
+    if not isinstance(step_kernel, triton.JITFunction):
+        return None
+    B, H, K = q.shape
+    tensors = (q, k, v, h, u, *present(q, g, gk, alpha, beta), q, h, u)  # o has q's dtype
+    constexprs = constants(q, v, g, gk, alpha, beta, scale, ridge_ratio, num_iter)
+    grid = (B * H, 1, 1)
+    run = step_kernel.warmup(*tensors, grid=grid, **constexprs, **settings("step", h, K))[grid]
+    values = [constexprs[name] for name in step_kernel.arg_names[len(tensors) :]]
+    device, current_stream = q.get_device(), driver.active.get_current_stream
+
+    def launch(q: int, k: int, v: int, h: int, u: int, g: int, gk: int, alpha: int, beta: int, o: int) -> None:
+        run(q, k, v, h, u, g, gk, alpha, beta, o, h, u, *values, stream=current_stream(device))
+
+    return launch

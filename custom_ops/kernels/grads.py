@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
 from .. import config
-from .launch import Tensors, block, compact, on_device, present, settings, shared_options
+from .launch import Tensors, block, compact, on_device, present, settings, shared_options, wrap_triton
 from .tile import (
     decay_exponents,
     decay_mask,
@@ -292,7 +291,8 @@ def launch_chunk_state_bwd(
     k, g, gk, beta, do, q, alpha, dh_out, du_out, cu = compact(k, g, gk, beta, do, q, alpha, dh_out, du_out, cu_seqlens)
     B, T, _, K = k.shape
     V, N = v.shape[-1], B if cu is None else cu.shape[0] - 1
-    BE = min(config.COTANGENT_COLUMNS, block(K), block(V))
+    # a T of 1 is a constant to Triton, which then has no loop to pipeline: products of 32 columns are wrong there (docs/design.md)
+    BE = min(64 if T == 1 else config.COTANGENT_COLUMNS, block(K), block(V))
     grid = (triton.cdiv(K, BE) + triton.cdiv(V, BE), H, N)
     h_chunks, state_scales, x, x_scale, y, y_scale, eta = compact(h_chunks, state_scales, x, x_scale, y, y_scale, eta)
     S = h_chunks.shape[0]

@@ -1,4 +1,4 @@
-"""What every launcher needs: contiguous inputs, stand-ins for absent ones, block sizes, pinned launch settings, the device."""
+"""What every launcher needs: contiguous inputs, stand-ins, block sizes, pinned launch settings, the device, the launch itself."""
 
 import contextlib
 from collections.abc import Sequence
@@ -9,10 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import config
+from .. import ahead, config
 from ..polynomial import chebyshev_tau
 
-__all__ = ["Tensors", "block", "compact", "on_device", "operand", "polynomial", "present", "settings", "shared_options"]
+__all__ = [
+    "Tensors",
+    "block",
+    "compact",
+    "on_device",
+    "operand",
+    "polynomial",
+    "present",
+    "settings",
+    "shared_options",
+    "wrap_triton",
+]
 
 Tensors = Sequence[Tensor]
 
@@ -70,3 +81,21 @@ def on_device(x: Tensor) -> Any:
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """torch.library.wrap_triton, but where launches are kept (see ahead.py) something that keeps them.
+
+    It has torch's name because torch reads the launchers' source: the kernels of ``wrap_triton(kernel)`` are part of the key under
+    which AOTAutograd caches compiled code.
+    """
+    launches = ahead.kept_launches()
+    return torch.library.wrap_triton(kernel) if launches is None else _Kept(kernel, launches)
+
+
+class _Kept:
+    def __init__(self, kernel: Any, launches: list[ahead.Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **named: self.launches.append(ahead.Launch(self.kernel, grid, args, named))

@@ -8,9 +8,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
-from .launch import Tensors, block, compact, on_device, polynomial, present, settings, shared_options
+from .launch import Tensors, block, compact, on_device, polynomial, present, settings, shared_options, wrap_triton
 from .tile import (
     decay_exponents,
     decay_mask,

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.library import wrap_triton
 
 from .. import config
-from .launch import Tensors, block, compact, on_device, present, settings, shared_options
+from .launch import Tensors, block, compact, on_device, present, settings, shared_options, wrap_triton
 from .tile import (
     decay_exponents,
     dense_rows,
