@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .functional import GKAState, chunk_gka, step_gka
+from .functional import GKAState, chunk_gka, num_iter_for, step_gka
 
 if TYPE_CHECKING:
     from .cache import GKACache
     from .layer import GatedKalmaNet
 
-__all__ = ["GKACache", "GKAState", "GatedKalmaNet", "chunk_gka", "step_gka"]
+__all__ = ["GKACache", "GKAState", "GatedKalmaNet", "chunk_gka", "num_iter_for", "step_gka"]
 __version__ = "0.1.0"
 
 

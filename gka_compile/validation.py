@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_chunk", "check_cu_seqlens", "check_shape", "check_step", "check_tensor"]
+__all__ = ["check_chunk", "check_cu_seqlens", "check_ridge_ratio", "check_shape", "check_step", "check_tensor", "check_tolerance"]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 128
@@ -35,13 +35,24 @@ def _width(name: str, symbol: str, width: int) -> None:
         raise ValueError(f"{name}: expected a head width {symbol} that is a multiple of 8 from 8 to {MAX_WIDTH}, got {width}")
 
 
-def _parameters(scale: Any, ridge_ratio: Any, num_iter: Any) -> None:
-    if scale is not None and not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
+def check_ridge_ratio(ridge_ratio: Any) -> None:
     if not isinstance(ridge_ratio, (int, float)):
         raise TypeError(f"ridge_ratio: expected a float, got {type(ridge_ratio).__name__}")
     if not 0 < ridge_ratio < float("inf"):
         raise ValueError(f"ridge_ratio: expected a positive number, got {ridge_ratio}")
+
+
+def check_tolerance(tolerance: Any) -> None:
+    if not isinstance(tolerance, float):
+        raise TypeError(f"tolerance: expected a float, got {type(tolerance).__name__}")
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance: expected a number between 0 and 1, got {tolerance}")
+
+
+def _parameters(scale: Any, ridge_ratio: Any, num_iter: Any) -> None:
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
+    check_ridge_ratio(ridge_ratio)
     if isinstance(num_iter, bool) or not isinstance(num_iter, int):
         raise TypeError(f"num_iter: expected an int, got {type(num_iter).__name__}")
     if num_iter < 1:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import DEVICE, INTERPRETED, Case, make_inputs, packing, relative_error
 
-from gka_compile import GKAState, chunk_gka, step_gka
+from gka_compile import GKAState, chunk_gka, num_iter_for, step_gka
 from gka_compile.custom_ops import recurrent_gka
 from gka_compile.custom_ops.config import chunk_size, gpu_chunk
 
@@ -285,3 +285,38 @@ except RuntimeError as error:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "Triton, which is not installed: pip install triton" in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize("ridge_ratio", [0.02, 0.5])
+@pytest.mark.parametrize("tolerance", [0.3, 1e-2, 1e-3])
+def test_num_iter_for_is_enough_and_no_more_than_it_takes(tolerance: float, ridge_ratio: float) -> None:
+    # one head has a spectrum of all sizes, the other has rank one and a query that its key does not see: the worst case
+    K = 16
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(K, K, generator=generator, dtype=torch.float64)).Q
+    broad = basis * torch.logspace(0, -6, K, dtype=torch.float64) @ basis.mT
+    h = torch.stack([broad, basis[:, :1] @ basis[:, :1].mT])[None]
+    q = torch.stack([torch.randn(K, generator=generator, dtype=torch.float64), basis[:, 1]])[None]
+    ridge = ridge_ratio * torch.linalg.matrix_norm(h)[..., None, None] * torch.eye(K, dtype=torch.float64)
+    exact = torch.linalg.solve(h + ridge, q)
+
+    def error(num_iter: int) -> torch.Tensor:
+        zero, u = torch.zeros_like(q), torch.eye(K, dtype=torch.float64).expand_as(h).contiguous()  # o is x
+        tensors = [x.to(DEVICE, DTYPE) for x in (q, zero, zero, h, u)]
+        o, _ = step_gka(*tensors[:3], (tensors[3], tensors[4]), scale=1.0, ridge_ratio=ridge_ratio, num_iter=num_iter)
+        return (o.cpu().double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+
+    num_iter = num_iter_for(tolerance, ridge_ratio)
+    assert (error(num_iter) <= tolerance + TOLERANCE).all()
+    assert num_iter == 1 or error(num_iter - 1)[0, 1] > tolerance
+
+
+def test_num_iter_for_refuses_what_is_no_tolerance() -> None:
+    for tolerance in (0.0, 1.0, -1e-3, float("nan")):
+        with pytest.raises(ValueError, match=r"tolerance: expected a number between 0 and 1, got"):
+            num_iter_for(tolerance)
+    with pytest.raises(TypeError, match="tolerance: expected a float, got int"):
+        num_iter_for(1)
+    with pytest.raises(ValueError, match=r"ridge_ratio: expected a positive number, got 0\.0"):
+        num_iter_for(1e-3, 0.0)
+    assert num_iter_for(5e-324) > num_iter_for(1e-3) > num_iter_for(0.999) == 1
