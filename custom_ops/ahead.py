@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +66,8 @@ def compile_ahead(
         constants, widths: what kernels are compiled for, together with the dtypes.
         sizes: what kernels take as an argument; Triton compiles apart 1, multiples of 16 and the rest.
 
-    Raises:
-        What a compilation, or the loading of a kernel, raised, in this call and in the next.
+    Where this fails, nothing is raised: the launch of a kernel compiles what is missing and says itself what is wrong, and the
+    kernels of the backward may never be needed.
     """
     x = tensors[0]
     assert x is not None
@@ -80,10 +80,11 @@ def compile_ahead(
         return
     with _lock:
         if key not in _done:
-            if torch.cuda.is_current_stream_capturing():
+            # anomaly mode looks for NaN in every backward of the process, so in that of meta tensors, too
+            if torch.cuda.is_current_stream_capturing() or (backward and torch.is_anomaly_enabled()):
                 return
             # a thread of its own has none of the caller's modes, hooks for saved tensors, transforms and contexts
-            with ThreadPoolExecutor(1) as thread:
+            with suppress(Exception), ThreadPoolExecutor(1) as thread:
                 thread.submit(_compile, function, tensors, constants, backward).result()
             _done.add(key)
 

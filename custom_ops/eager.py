@@ -19,15 +19,20 @@ __all__ = ["TENSORS", "EagerOp", "unobserved"]
 TENSORS = frozenset({Tensor, torch.nn.Parameter})  # types that do nothing of their own in a call
 _PLAIN = TENSORS | {type(None), float, int, bool}
 
+_INFERENCE = _C.DispatchKeySet(_C.DispatchKey.BackendSelect)
+_ORDINARY = _INFERENCE | _C.DispatchKeySet(_C.DispatchKey.ADInplaceOrView)
+_USUAL_KEYS = frozenset({_INFERENCE.raw_repr(), _ORDINARY.raw_repr()})
+
 
 def unobserved() -> bool:
-    """Whether no mode, trace or transform would see a call, nothing but autograd that is."""
+    """Whether no mode, trace or transform would see a call, nothing but autograd that is.
+
+    Dispatch modes, transforms of torch.func, legacy vmap, functionalization and torch.jit.trace add dispatch keys to every call.
+    """
     return (
         not torch.compiler.is_compiling()  # first, for Dynamo reads this function and stops here
-        and not _C._len_torch_dispatch_stack()
+        and _C._dispatch_tls_local_include_set().raw_repr() in _USUAL_KEYS
         and not _C._len_torch_function_stack()
-        and not _C._are_functorch_transforms_active()
-        and not _C._get_tracing_state()
         and forward_ad._current_level < 0
     )
 
@@ -49,7 +54,13 @@ class EagerOp(CustomOpDef):
         return op
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or not (unobserved() and _PLAIN.issuperset(map(type, args)) and (args[0].is_cuda or args[0].is_cpu)):
+        if kwargs or not (
+            unobserved()
+            and _PLAIN.issuperset(map(type, args))
+            and args
+            and type(args[0]) in TENSORS
+            and (args[0].is_cuda or args[0].is_cpu)
+        ):
             return super().__call__(*args, **kwargs)
         if not (torch.is_grad_enabled() and _C._any_requires_grad(*args)):
             return self._run(*args)

@@ -148,9 +148,9 @@ def step_gka(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    key = None
+    call = (q, k, v, state, g, gk, alpha, beta, scale, ridge_ratio, num_iter)
     if inplace:
-        done, key = plans.repeat_step(q, k, v, state, g, gk, alpha, beta, scale, ridge_ratio, num_iter)
+        done = plans.repeat_step(*call)
         if done is not None:
             return done, state if isinstance(state, GKAState) else GKAState(*state)
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
@@ -170,8 +170,7 @@ def step_gka(
         if not x.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor to update in place, got strides {x.stride()}")
     o = ops.step_(*args)
-    if key is not None:
-        plans.keep_step(key, o, ops.plan_step(*args))
+    plans.keep_step(call, o, lambda: ops.plan_step(*args))
     return o, GKAState(h, u)
 
 

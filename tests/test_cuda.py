@@ -33,7 +33,8 @@ class Step(nn.Module):
         return o, *state
 
 
-def inputs(B: int, T: int | None, H: int = 4, Hk: int = 2, K: int = 64) -> tuple[Tensor, ...]:
+def inputs(B: int, T: int | None, H: int = 4, Hk: int = 2, K: int = 64, V: int | None = None) -> tuple[Tensor, ...]:
+    V = V or K
     generator = torch.Generator("cuda").manual_seed(B + (T or 0))
     lead = (B,) if T is None else (B, T)
 
@@ -41,10 +42,10 @@ def inputs(B: int, T: int | None, H: int = 4, Hk: int = 2, K: int = 64) -> tuple
         return torch.randn(*shape, generator=generator, device="cuda")
 
     unit = torch.nn.functional.normalize
-    q, k, v = unit(normal(*lead, H, K), dim=-1), unit(normal(*lead, Hk, K), dim=-1), normal(*lead, Hk, K)
+    q, k, v = unit(normal(*lead, H, K), dim=-1), unit(normal(*lead, Hk, K), dim=-1), normal(*lead, Hk, V)
     gates = (-0.1 * normal(*lead, H).abs(), normal(*lead, H).sigmoid(), normal(*lead, H).sigmoid())
     square = normal(B, H, K, K)
-    return q.bfloat16(), k.bfloat16(), v.bfloat16(), *gates, square @ square.mT / K, normal(B, H, K, K)
+    return q.bfloat16(), k.bfloat16(), v.bfloat16(), *gates, square @ square.mT / K, normal(B, H, K, V)
 
 
 def with_gradients(function: object, given: tuple[Tensor, ...]) -> list[Tensor]:
@@ -59,8 +60,8 @@ def test_a_single_token_trains() -> None:
     def exact(q: Tensor, k: Tensor, v: Tensor, g: Tensor, alpha: Tensor, beta: Tensor, h: Tensor, u: Tensor) -> tuple[Tensor, ...]:
         return tuple(recurrent_gka(q, k, v, g, g, alpha, beta, num_iter=None, initial_state=(h, u)))  # type: ignore[arg-type]
 
-    for K in (64, 128):
-        given = inputs(2, 1, K=K)
+    for K, V in ((64, 64), (128, 128), (64, 32), (128, 16), (32, 32)):
+        given = inputs(2, 1, K=K, V=V)
         found = with_gradients(Prefill(), given)
         expected = with_gradients(exact, tuple(x.double().cpu() for x in given))
         expected[-2] = (expected[-2] + expected[-2].mT) / 2  # of h only this is defined

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +171,31 @@ def test_compiled_and_exported_graphs_hold_the_ops() -> None:
         assert [str(n.target) for n in nodes if str(n.target).startswith("gka")] == FORWARD
 
 
+def test_what_batches_or_functionalizes_a_call_gets_the_op() -> None:
+    """They show in nothing but the dispatch keys."""
+    made = inputs()
+    x = made["q"].requires_grad_()
+    loss = chunk_gka(x, made["k"], made["v"])[0].square().sum((1, 2, 3))
+    rows = torch.eye(len(x), dtype=x.dtype)
+    (together,) = torch.autograd.grad(loss, x, rows, is_grads_batched=True, retain_graph=True)
+    one_by_one = torch.stack([torch.autograd.grad(loss, x, row, retain_graph=True)[0] for row in rows])
+    assert torch.allclose(together, one_by_one, rtol=1e-12, atol=0)
+    q, k, v = (torch._to_functional_tensor(made[n].detach()) for n in "qkv")
+    torch._enable_functionalization(reapply_views=False)
+    try:
+        o, _ = chunk_gka(q, k, v)
+    finally:
+        torch._disable_functionalization()
+    torch._sync(o)
+    assert torch.equal(torch._from_functional_tensor(o), chunk_gka(made["q"].detach(), made["k"], made["v"])[0])
+
+
+def test_an_op_without_a_tensor_is_refused_by_its_schema() -> None:
+    for wrong in ((), (1.0,)):
+        with pytest.raises((TypeError, RuntimeError), match="chunk_state"):
+            ops.chunk_state(*wrong)
+
+
 def test_autograd_sees_what_was_changed_in_place() -> None:
     made = inputs()
     made["q"].requires_grad_()
@@ -241,6 +268,13 @@ def test_a_repeated_step_is_launched_by_its_plan(launches: list[tuple[int, ...]]
         assert (o.shape, o.dtype) == ((*given["v"].shape[:1], 4, 16), torch.bfloat16)
         assert state.h_kk is given["state"].h_kk
         assert state.h_kv._version > version
+    given |= {"gk": given["g"]}  # one decay for both
+    step_gka(**given)
+    step_gka(**given)
+    assert launches[1][5] == launches[1][6] == given["g"].data_ptr()
+    given |= {"gk": given["g"].clone()}
+    step_gka(**given)
+    assert launches[2][5] != launches[2][6] == given["gk"].data_ptr()
     assert dispatched == []
 
 
@@ -281,6 +315,86 @@ def test_another_step_is_not_launched_by_that_plan(change: dict, launches: list[
 
 @pretend
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"q": misaligned},
+        {"k": strided},
+        {"state": list},
+        {"state": lambda s: GKAState(s.h_kk, misaligned(s.h_kv))},
+        {"ridge_ratio": 1},
+        {"beta": lambda x: x.requires_grad_()},
+        {"beta": "alpha"},
+        {"g": torch._neg_view},
+        {"q": lambda x: x.as_subclass(type("Subclass", (Tensor,), {}))},
+    ],
+)
+@torch.no_grad()
+def test_what_may_have_no_plan_gets_none(change: dict, launches: list[tuple[int, ...]]) -> None:
+    for _ in range(3):
+        given = step_arguments()
+        given.update({n: given[c] if isinstance(c, str) else c(given[n]) if callable(c) else c for n, c in change.items()})
+        step_gka(**given)
+    assert launches == []
+    assert not plans._steps
+
+
+@pretend
+def test_modes_see_steps_that_have_plans(launches: list[tuple[int, ...]]) -> None:
+    step_gka(**step_arguments())
+    for mode in (Recorder(), Functions()):
+        for ridge_ratio in (0.02, 0.5, 0.5):
+            mode.seen.clear()
+            with mode:
+                step_gka(**step_arguments(), ridge_ratio=ridge_ratio)
+            assert mode.seen
+    with forward_ad.dual_level():
+        step_gka(**step_arguments())
+    assert launches == []
+    assert len(plans._steps) == 1
+
+
+@pretend
+def test_steps_that_have_plans_are_compiled(launches: list[tuple[int, ...]]) -> None:
+    targets: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        targets.extend(str(n.target) for n in module.graph.nodes if str(n.target).startswith("gka"))
+        return module.forward
+
+    step_gka(**step_arguments())
+    torch.compile(lambda given: step_gka(**given), fullgraph=True, backend=backend)(step_arguments())
+    assert targets == ["gka.step_.default"]
+    assert launches == []
+
+
+@pretend
+def test_autocast_has_no_plans(launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    step_gka(**step_arguments())
+    with torch.autocast("cpu", torch.bfloat16):  # the device of the tensors, of which guards know
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+        for ridge_ratio in (0.02, 0.02, 0.5, 0.5):
+            step_gka(**step_arguments(), ridge_ratio=ridge_ratio)
+    assert launches == []
+    assert sum(map(len, plans._steps.values())) == 1
+
+
+@pretend
+def test_a_plan_is_for_one_device_and_any_stride_of_a_size_of_one(
+    launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {n: x[:1] if isinstance(x, Tensor) else x for n, x in step_arguments().items()}
+    given["state"] = GKAState(*(x[:1] for x in given["state"]))
+    step_gka(**given)
+    step_gka(**given | {"g": given["g"].as_strided((1, 4), (96, 1))})
+    assert len(launches) == 1
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    step_gka(**given)
+    assert len(launches) == 1
+    assert sum(map(len, plans._steps.values())) == 1
+
+
+@pretend
+@pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"num_iter": 1.0}, TypeError, "num_iter: expected an int, got float"),
@@ -292,6 +406,7 @@ def test_another_step_is_not_launched_by_that_plan(change: dict, launches: list[
         ({"g": 0}, TypeError, "g: expected a Tensor, got int"),
         ({"state": (None, None)}, TypeError, "state.h_kk: expected a Tensor, got NoneType"),
         ({"state": None}, TypeError, "state: expected a GKAState"),
+        ({"state": lambda s: (*s, s[0])}, TypeError, "state: expected a GKAState"),
         ({"k": lambda x: x.half()}, TypeError, r"k: expected dtype torch.bfloat16"),
         ({"g": lambda x: x.double()}, TypeError, "g: expected dtype float32"),
         ({"alpha": lambda x: x[:, :2].contiguous()}, ValueError, "alpha: expected shape"),
@@ -319,16 +434,37 @@ def test_a_tensor_that_stands_for_an_absent_gate_is_no_gate(launches: list[tuple
 
 
 @pretend
+def test_batches_of_many_sizes_have_a_plan_each(launches: list[tuple[int, ...]]) -> None:
+    whole = step_arguments()
+
+    def step(B: int) -> Any:
+        given = {n: x.repeat(B, *[1] * (x.dim() - 1))[:B] for n, x in whole.items() if isinstance(x, Tensor)}
+        return step_gka(**given, state=GKAState(*(x[:1].repeat(B, 1, 1, 1) for x in whole["state"])), inplace=True)[0]
+
+    for B in range(1, plans.LIMIT + 3):
+        step(B)
+    assert launches == []
+    for B in (plans.LIMIT + 2, 3, 40, 3, 40):
+        assert len(step(B)) == B
+    assert len(launches) == 5
+    (found,) = plans._steps.values()
+    assert len(found) == plans.LIMIT
+    assert [plan.shape[0] for plan in found[:3]] == [40, 3, plans.LIMIT + 2]
+
+
+@pretend
 def test_plans_are_bounded_and_hold_no_tensors(launches: list[tuple[int, ...]]) -> None:
     given = step_arguments()
     for n in range(plans.LIMIT + 3):
         step_gka(**given, num_iter=1, ridge_ratio=1.0 + n)
-    assert len(plans._steps) == 3
-
-    def tensors(x: Any) -> bool:
-        return isinstance(x, Tensor) or (isinstance(x, (tuple, list)) and any(map(tensors, x)))
-
-    assert not any(map(tensors, plans._steps.items()))
+    assert len(plans._steps) == plans.LIMIT
+    for n in (plans.LIMIT + 2, 3):  # the latest, and the oldest that is left
+        step_gka(**given, num_iter=1, ridge_ratio=1.0 + n)
+    assert len(launches) == 2
+    q = weakref.ref(given["q"])
+    del given
+    gc.collect()
+    assert q() is None
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is launched in the interpreter")
@@ -341,8 +477,14 @@ def test_a_plan_passes_what_a_launch_passes(gates: tuple[str, ...], monkeypatch:
     calls: list[tuple[Any, ...]] = []
 
     class Compiled:
+        function, packed_metadata = "function", "metadata"
+
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *args, stream: calls.append((grid, args, stream))
+
+        def run(self, *args: Any) -> None:
+            assert args[4:9] == ("function", "metadata", None, None, None)
+            calls.append((args[:3], args[9:], args[3]))
 
     def run(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Compiled:
         settings = {n: options.pop(n) for n in ("num_warps", "num_stages")}
@@ -361,10 +503,17 @@ def test_a_plan_passes_what_a_launch_passes(gates: tuple[str, ...], monkeypatch:
         module.launch_step(*tensors, 0.25, 0.02, 30, (o, h, u))
     launch = module.plan_step(*tensors, 0.25, 0.02, 30)
     assert launch is not None
-    launch(*((q if t is None else t).data_ptr() for t in tensors), o.data_ptr())
-    (_, grid, launched, settings), (warmup, _, _, planned), (at, replayed, stream) = calls
+    addresses = [*((q if t is None else t).data_ptr() for t in tensors), o.data_ptr()]
+    launch(*addresses)
+    with monkeypatch.context() as m:  # a profiler's
+        m.setattr(triton.knobs.runtime.launch_exit_hook, "calls", [print])
+        m.setattr(Compiled, "run", None)
+        launch(*addresses)
+    (_, grid, launched, settings), (warmup, _, _, planned), *replays = calls
     assert warmup
     assert settings == planned
-    assert at == grid
-    assert stream == ("stream", q.get_device())
-    assert replayed == tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in launched)
+    assert len(replays) == 2
+    for at, replayed, stream in replays:
+        assert at == grid
+        assert stream == ("stream", q.get_device())
+        assert replayed == tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in launched)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,9 +21,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from gka_compile.custom_ops import config, kernels, ops  # noqa: E402
 
 
-def launches(K: int, V: int, dtype: torch.dtype, capability: int) -> Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]:
+def launches(
+    K: int, V: int, dtype: torch.dtype, capability: int, T: int = 64
+) -> Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]:
     """(op, launcher, arguments) of every op with every option on."""
-    B, T, H, chunk = 1, 64, 2, config.gpu_chunk(capability // 10, dtype.itemsize, K, V)
+    B, H, chunk = 1, 2, config.gpu_chunk(capability // 10, dtype.itemsize, K, V)
     q, v, gate = torch.zeros(B, T, H, K, dtype=dtype), torch.zeros(B, T, H, V, dtype=dtype), torch.zeros(B, T, H)
     h, u = torch.zeros(B, H, K, K), torch.zeros(B, H, K, V)
     args: tuple[Any, ...] = (q, v, gate, gate, gate, h, u, None, H, chunk)
@@ -66,11 +69,18 @@ def test_compiles_within_shared_memory(capability: int, dtype: torch.dtype, widt
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_compiles_for_sizes_of_one(op: str) -> None:
-    """Integer arguments are then Python's, as they are always in the analysis of torch 2.11, and have no methods of tensors."""
-    launcher, args = next((launcher, args) for name, launcher, args in launches(64, 64, torch.bfloat16, 90) if name == op)
+@pytest.mark.parametrize(("K", "V"), [(64, 64), (64, 32), (128, 16)])
+def test_compiles_for_sizes_of_one(K: int, V: int, op: str) -> None:
+    """Integer arguments are then Python's, as they are always in the analysis of torch 2.11, and have no methods of tensors.
+
+    The loops over one chunk are gone, and outside of a pipelined loop products of fewer than 64 columns are wrong on Hopper.
+    """
+    launcher, args = next((launcher, args) for name, launcher, args in launches(K, V, torch.bfloat16, 90, T=1) if name == op)
     for launch in record(launcher, *args):
-        assert b"ELF" in compile_for(launch, 90, ones=True).asm["cubin"][:16]
+        compiled = compile_for(launch, 90, ones=True)
+        assert b"ELF" in compiled.asm["cubin"][:16]
+        columns = {int(n) for n in re.findall(r"wgmma\.mma_async\S*\.m64n(\d+)k", compiled.asm["ptx"])}
+        assert all(n >= 64 for n in columns), (launch.kernel.__name__, columns)
 
 
 OUTPUTS = {

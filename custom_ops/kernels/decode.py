@@ -5,6 +5,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.runtime import driver
 
 from .launch import Tensors, block, compact, on_device, polynomial, present, settings, wrap_triton
@@ -186,11 +187,22 @@ def plan_step(
     tensors = (q, k, v, h, u, *present(q, g, gk, alpha, beta), q, h, u)  # o has q's dtype
     constexprs = constants(q, v, g, gk, alpha, beta, scale, ridge_ratio, num_iter)
     grid = (B * H, 1, 1)
-    run = step_kernel.warmup(*tensors, grid=grid, **constexprs, **settings("step", h, K))[grid]
+    compiled = step_kernel.warmup(*tensors, grid=grid, **constexprs, **settings("step", h, K))
+    run, launch_with_hooks = compiled.run, compiled[grid]
+    kernel = compiled.function, compiled.packed_metadata, None, None, None  # no metadata for hooks, no hooks
     values = [constexprs[name] for name in step_kernel.arg_names[len(tensors) :]]
     device, current_stream = q.get_device(), driver.active.get_current_stream
 
     def launch(q: int, k: int, v: int, h: int, u: int, g: int, gk: int, alpha: int, beta: int, o: int) -> None:
-        run(q, k, v, h, u, g, gk, alpha, beta, o, h, u, *values, stream=current_stream(device))
+        stream, hooks = current_stream(device), knobs.runtime
+        if _any(hooks.launch_enter_hook) or _any(hooks.launch_exit_hook):
+            launch_with_hooks(q, k, v, h, u, g, gk, alpha, beta, o, h, u, *values, stream=stream)
+        else:
+            run(*grid, stream, *kernel, q, k, v, h, u, g, gk, alpha, beta, o, h, u, *values)
 
     return launch
+
+
+def _any(hook: Any) -> Any:
+    """Whether a launch hook of Triton, a chain of functions or one function, does anything."""
+    return getattr(hook, "calls", hook)

@@ -15,6 +15,7 @@ from ..polynomial import chebyshev_tau
 __all__ = [
     "Tensors",
     "block",
+    "columns",
     "compact",
     "on_device",
     "operand",
@@ -29,8 +30,8 @@ Tensors = Sequence[Tensor]
 
 
 def compact(*tensors: Any) -> list[Any]:
-    """Inputs as contiguous tensors; None stays."""
-    return [None if t is None else t.contiguous() for t in tensors]
+    """Inputs as contiguous tensors that are what lies in memory (not lazily negated); None stays."""
+    return [None if t is None else t.contiguous().resolve_neg() for t in tensors]
 
 
 def present(stand_in: Tensor, *tensors: Any) -> list[Tensor]:
@@ -41,6 +42,15 @@ def present(stand_in: Tensor, *tensors: Any) -> list[Tensor]:
 def block(width: int) -> int:
     """A head width rounded up to what tl.dot takes."""
     return max(16, triton.next_power_of_2(width))
+
+
+def columns(most: int, T: int, K: int, V: int) -> int:
+    """How many columns of a state one program of a scan has: at most ``most``, and no more than the narrower state.
+
+    A T of 1 is a constant to Triton, which then has no loop to pipeline, and outside of one products of fewer than 64 columns are
+    wrong (docs/design.md, section 5).
+    """
+    return 64 if T == 1 else min(most, block(K), block(V))
 
 
 def operand(dtype: torch.dtype) -> Any:
