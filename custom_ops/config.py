@@ -38,7 +38,7 @@ def gpu_chunk(major: int, itemsize: int, K: int, V: int) -> int:
     return 64 if major in (9, 10) and min(K, V) > 32 else 32
 
 
-STATE_COLUMNS = 64  # columns of a state that one program carries through time
+STATE_COLUMNS = 64  # columns of a state that one program carries through time, of narrower states, too (docs/design.md, section 5)
 COTANGENT_COLUMNS = 32  # … of its cotangent: smaller programs, so that long sequences of small batches fill the GPU
 
 # (num_warps, num_stages) of each kernel up to a width of 64 and beyond; nothing is tuned at run time.

@@ -119,14 +119,20 @@ def _register(
     return EagerOp.over(op, body, mutates), EagerOp.over(twin, run_on_cpu, mutates)
 
 
+def _tie(size: int | torch.SymInt, other: int | torch.SymInt) -> None:
+    """Make two sizes one symbol in what is traced; numbers have been checked, and torch._check takes its time."""
+    if (equal := size == other) is not True:
+        torch._check(equal)
+
+
 # --- chunk_state -----------------------------------------------------------------------------------------------------------
 
 
 def _chunk_state_outputs(k, v, g, gk, beta, h0, u0, cu_seqlens, num_heads, chunk_size):  # type: ignore[no-untyped-def]
     (B, T, _, K), V, H = k.shape, v.shape[-1], num_heads
-    for x in (v.shape[:3], *(t.shape for t in (g, gk, beta) if t is not None)):
-        torch._check(x[0] == B)
-        torch._check(x[1] == T)
+    for x in (v, *(t for t in (g, gk, beta) if t is not None)):
+        _tie(x.shape[0], B)
+        _tie(x.shape[1], T)
     S = num_slots(B, T, cu_seqlens, chunk_size)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     stored, exact = storage_dtype(k), compute_dtype(k)
@@ -187,8 +193,8 @@ def _chunk_output_outputs(  # type: ignore[no-untyped-def]
 ):
     (B, T, H, K), V = q.shape, v.shape[-1]
     for x in (k, v, *(t for t in (g, gk, alpha, beta) if t is not None)):
-        torch._check(x.shape[0] == B)
-        torch._check(x.shape[1] == T)
+        _tie(x.shape[0], B)
+        _tie(x.shape[1], T)
     return (
         q.new_empty(B, T, H, V),
         q.new_empty(B, T, H, K, dtype=storage_dtype(q)),
@@ -436,7 +442,7 @@ chunk_grads, chunk_grads_cpu = _register(
 
 def _step__outputs(q, k, v, h, u, g, gk, alpha, beta, scale, ridge_ratio, num_iter):  # type: ignore[no-untyped-def]
     for x in (k, v, h, u, *(t for t in (g, gk, alpha, beta) if t is not None)):
-        torch._check(x.shape[0] == q.shape[0])
+        _tie(x.shape[0], q.shape[0])
     return q.new_empty(*q.shape[:2], v.shape[-1])
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .. import config
-from .launch import Tensors, block, columns, compact, on_device, present, settings, shared_options, wrap_triton
+from .launch import Tensors, block, compact, on_device, present, settings, shared_options, wrap_triton
 from .tile import (
     decay_exponents,
     decay_mask,
@@ -291,8 +291,9 @@ def launch_chunk_state_bwd(
     k, g, gk, beta, do, q, alpha, dh_out, du_out, cu = compact(k, g, gk, beta, do, q, alpha, dh_out, du_out, cu_seqlens)
     B, T, _, K = k.shape
     V, N = v.shape[-1], B if cu is None else cu.shape[0] - 1
-    BE = columns(config.COTANGENT_COLUMNS, T, K, V)
-    grid = (triton.cdiv(K, BE) + triton.cdiv(V, BE), H, N)
+    # a T of 1 is a constant to Triton, which then has no loop to pipeline: products of 32 columns are wrong there (docs/design.md)
+    BE = config.STATE_COLUMNS if T == 1 else config.COTANGENT_COLUMNS
+    grid = ((K + BE - 1) // BE + (V + BE - 1) // BE, H, N)
     h_chunks, state_scales, x, x_scale, y, y_scale, eta = compact(h_chunks, state_scales, x, x_scale, y, y_scale, eta)
     S = h_chunks.shape[0]
     factors = k.new_empty(S, H, 6, C, dtype=torch.float32)

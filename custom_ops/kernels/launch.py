@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from ..polynomial import chebyshev_tau
 __all__ = [
     "Tensors",
     "block",
-    "columns",
     "compact",
     "on_device",
     "operand",
@@ -41,16 +39,7 @@ def present(stand_in: Tensor, *tensors: Any) -> list[Tensor]:
 
 def block(width: int) -> int:
     """A head width rounded up to what tl.dot takes."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def columns(most: int, T: int, K: int, V: int) -> int:
-    """How many columns of a state one program of a scan has: at most ``most``, and no more than the narrower state.
-
-    A T of 1 is a constant to Triton, which then has no loop to pipeline, and outside of one products of fewer than 64 columns are
-    wrong (docs/design.md, section 5).
-    """
-    return 64 if T == 1 else min(most, block(K), block(V))
+    return max(16, 1 << (width - 1).bit_length())  # triton.next_power_of_2 takes microseconds
 
 
 def operand(dtype: torch.dtype) -> Any:

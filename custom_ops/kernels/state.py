@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .. import config
-from .launch import Tensors, block, columns, compact, on_device, present, settings, shared_options, wrap_triton
+from .launch import Tensors, block, compact, on_device, present, settings, shared_options, wrap_triton
 from .tile import (
     decay_exponents,
     dense_rows,
@@ -214,8 +214,8 @@ def launch_chunk_state(
     k, v, g, gk, beta, h0, u0, cu = compact(k, v, g, gk, beta, h0, u0, cu_seqlens)
     B, T, _, K = k.shape
     V, N = v.shape[-1], B if cu is None else cu.shape[0] - 1
-    BE = columns(config.STATE_COLUMNS, T, K, V)
-    grid = (triton.cdiv(K, BE) + triton.cdiv(V, BE), H, N)
+    BE = config.STATE_COLUMNS
+    grid = ((K + BE - 1) // BE + (V + BE - 1) // BE, H, N)
     S = out[0].shape[0]
     factors = k.new_empty(S, H, 3, C, dtype=torch.float32)
     sums = k.new_empty(S, H, 2, 3, dtype=torch.float32)
