@@ -13,9 +13,10 @@ of all chunks, ỹ ← (w ∘ ỹ) M with M = [P; K̃] [I | K̃ᵀ], and an elem
 whatever the size of keys and states, so float16 products are safe.  It rounds no worse: y K̃ᵀ is carried along, not formed by
 cancellation.
 
-**Step.**  There H is one matrix for one right-hand side, and T_2m = 2 T_m² − 1 turns thirty dependent products into twelve:
-Σ_n c_n T_n(−Z) q = Σ_g T_g(T_4(−Z)) r_g, each r_g a combination of T_0 q .. T_3 q.  −Z = I − Y, Y = 2H/φ, and its powers are held
-as I − T_m, which keeps the digits of small eigenvalues.
+**Step.**  There H is one matrix for one right-hand side, and T_2m = 2 T_m² − 1 turns thirty dependent products into nine.  The sum
+becomes one of products T_8^(g) T_4^b2 T_2^b1 T_1^b0 with constant coefficients, T_8^(g) = T_g(T_8).  Its terms c q are rows of one
+matrix; a product with T_4 adds half of them to the other half, T_2 and T_1 do the same, and what is left, a row for each g, goes
+through Clenshaw's recurrence.  −Z = I − Y, Y = 2H/φ, and all T_m are held as I − T_m, which keeps the digits of small eigenvalues.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from gka_compile.custom_ops.reference import compute_dtype, load_states, recipro
 
 __all__ = ["chunk_output", "chunk_state", "decays_between", "step"]
 
-STEP_DEGREE = 4  # a power of two: the step's solve proceeds in T_STEP_DEGREE(−Z)
+STEP_DEGREE = 8  # a power of two: the step's solve proceeds in T_STEP_DEGREE(−Z)
 
 
 # --- the polynomial ----------------------------------------------------------------------------------------------------------
@@ -236,18 +237,33 @@ def chunk_output(
 # --- step --------------------------------------------------------------------------------------------------------------------
 
 
+def _factored(d: Sequence[float]) -> list[float]:
+    """e with Σ_j d_j T_j(z) = Σ_b e_b Π_i T_{2^i}(z), i over the bits of b that are set."""
+    if len(d) == 1:
+        return list(d)
+    m = len(d) // 2
+    low, high = list(d[:m]), [d[m], *(2 * x for x in d[m + 1 :])]  # T_{m+j} = 2 T_m T_j − T_{m−j}
+    for j in range(1, m):
+        low[m - j] -= d[m + j]
+    return _factored(low) + _factored(high)
+
+
 def _solve_step(y: Tensor, q: Tensor, ridge_ratio: float, num_iter: int) -> Tensor:
     """φx of one token per head, q [B, H, 1, K], y = 2H/φ [B, H, K, K]."""
-    basis = [q]  # T_j(−Z) q
-    while len(basis) < STEP_DEGREE:
-        moved = basis[-1] - basis[-1] @ y
-        basis.append(moved if len(basis) == 1 else 2 * moved - basis[-2])
-    for _ in range(STEP_DEGREE.bit_length() - 1):  # I − T_m(−Z) to I − T_2m(−Z)
-        y = 4 * y - 2 * (y @ y)
-    rows = _grouped(_coefficients(ridge_ratio, num_iter), STEP_DEGREE)
-    terms = [sum((c * t for c, t in zip(row[1:], basis[1:], strict=True)), row[0] * q) for row in rows]
-    y = 2 * y
-    return _clenshaw(lambda b: b @ y, terms)
+    degree = min(STEP_DEGREE, 1 << num_iter.bit_length())
+    groups = [_factored(row) for row in _grouped(_coefficients(ridge_ratio, num_iter), degree)]
+    # rows (b, g); no tensor of constants, which torch.export does not take in a decomposition, but what runtimes fold to one
+    x = torch.cat([q.new_full((1, 1), e) for terms in zip(*groups, strict=True) for e in terms]) * q
+    powers = [y]  # I − T_m(−Z) for m = 1, 2, 4, …
+    while 1 << len(powers) < degree:
+        powers.append(4 * powers[-1] - 2 * (powers[-1] @ powers[-1]))
+    for p in reversed(powers):
+        low, high = x.chunk(2, -2)
+        x = low + high - high @ p
+    if len(groups) == 1:
+        return x
+    y = 8 * powers[-1] - 4 * (powers[-1] @ powers[-1])
+    return _clenshaw(lambda b: b @ y, x.split(1, -2))
 
 
 def step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import math
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ OUTPUTS = ["o", "present_h", "present_u"]
 # One a turn of the solve; for H and U each running decays, increments, decays between chunks and states; [P; K̃] K̃ᵀ, q K̃ᵀ, two for
 # φ, and the read-out.
 PREFILL_PRODUCTS = NUM_ITER + 2 * 4 + 1 + 1 + 2 + 1
-# Two to square up to T_4; three for T_1 q .. T_3 q; the groups of four terms beyond the first; the read-out.
-STEP_PRODUCTS = 2 + 3 + math.ceil((NUM_ITER + 1) / 4) - 1 + 1
+# Five terms are one group of eight: T_2 and T_4; a product each with T_4, T_2 and T_1; the read-out.
+STEP_PRODUCTS = 2 + 3 + 1
 
 
 class Prefill(nn.Module):

@@ -158,6 +158,15 @@ def test_step_in_powers_of_z_is_as_exact_as_the_chain(K: int, kind: str) -> None
     assert error <= allowed
 
 
+@pytest.mark.parametrize("num_iter", [1, 2, 3, 7, 8, 16, 30, 100])
+@pytest.mark.parametrize("ridge_ratio", [0.02, 1e-3])
+def test_step_takes_any_number_of_iterations(num_iter: int, ridge_ratio: float) -> None:
+    q, k, v, g, gk, alpha, beta, h, u = inputs(Case(""), torch.float64)
+    one = (q[:, 0], k[:, 0], v[:, 0], h, u, *(x[:, 0] for x in (g, gk, alpha, beta)), 1.0, ridge_ratio, num_iter)
+    for found, expected in zip(decompositions()[gka.step.default](*one), gka.step(*one), strict=True):
+        assert relative_error(found, expected) < 1e-13
+
+
 def test_long_sequences_keep_the_digits_of_their_decay() -> None:
     """2000 chunks whose decays sum to −2000: a difference of running sums would be off by 1e-4."""
     total = -1 - 1e-3 * torch.rand(1, 1, 2000, generator=torch.Generator().manual_seed(0))
