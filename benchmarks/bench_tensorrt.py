@@ -131,7 +131,7 @@ def export(folder: Path) -> None:
     write("prefill_b1_t512_h2_k64_mixed", PREFILL, made, device="cuda", mixed=True)
     write("prefill_b1_t512_h2_k64_cpu", PREFILL, made, device="cpu")
     made = inputs(None, 16, 128)
-    for degree in (1, 2, 4, 8):
+    for degree in (2, 4, 8):
         portable_cuda.STEP_DEGREE = degree
         write(f"step_b1_h16_k128_degree{degree}", STEP, made, device="cuda")
     half = {n: x[:, :130].astype(np.float16) if n in "qkv" else x for n, x in inputs(512, 16, 128).items()}

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from .program import BATCH, LENGTH, LanguageModel, Programs, export_program
+from .program import BATCH, LENGTH, LanguageModel, Programs, export_program, max_length, prefill_lengths
 from .sealed import Manifest, Sealed
 from .to_aoti import to_aoti
 from .to_onnx import model_names, present_name, to_onnx
-from .to_tensorrt import LIBRARIES, Range, to_tensorrt
+from .to_tensorrt import LIBRARIES, check_options, to_tensorrt
 
 __all__ = ["BACKENDS", "DEFAULT_BACKENDS", "ArtifactError", "load_manifest", "save_artifact"]
 
@@ -36,8 +36,6 @@ SUFFIXES = {"aoti": ".pt2", "onnx": ".onnx", "tensorrt": ".engine"}
 BACKENDS = tuple(SUFFIXES)
 DEFAULT_BACKENDS = ("aoti", "onnx")
 PACKAGES = {"aoti": ("torch",), "onnx": ("torch", "onnx", "onnxscript"), "tensorrt": ("torch", "onnx", "onnxscript")}
-LONGEST_PREFILL = 4096  # of engines, unless the model or the caller says otherwise
-USUAL_PREFILL = 128
 
 
 class ArtifactError(ValueError):
@@ -66,7 +64,7 @@ def save_artifact(
         progress: called with a short text before each stage ("export", "aoti prefill", …).
         tensorrt: for backend "tensorrt", keyword arguments of :func:`.to_tensorrt`: flavour, compute_capabilities, lengths (of
             prefill), batches, workspace, mixed. Without them engines are of TensorRT-RTX for its usual GPUs, for batches up to 8
-            and for prompts up to the model's max_length or LONGEST_PREFILL.
+            and for prompts up to the model's max_length or LONGEST_PREFILL (4096).
 
     Returns:
         The manifest; ``manifest["backends"][name]["seconds"]`` is what building a backend took, beside
@@ -83,6 +81,8 @@ def save_artifact(
         raise ValueError(f"tensorrt: expected None without backend tensorrt, got {dict(tensorrt)}")
     folder = Path(folder)
     SEALED.check_replaceable(folder)
+    if "tensorrt" in backends:
+        check_options(**(tensorrt or {}))
     say = progress if progress is not None else lambda _: None
     say("export")
     start = time.perf_counter()
@@ -98,14 +98,8 @@ def save_artifact(
 
 
 def _engine_options(model: LanguageModel, programs: Programs, given: Mapping[str, Any]) -> dict[str, Any]:
-    most = model.config.max_length if _is_limited(programs) else LONGEST_PREFILL
-    lengths: Range = (1, min(USUAL_PREFILL, most), most)
-    return {"lengths": lengths, "batches": (1, 1, 8), **given}
-
-
-def _is_limited(programs: Programs) -> bool:
-    """A static cache of keys and values is the one part of a state that fills up."""
-    return any(name.startswith("key_cache") for name in programs.state)
+    lengths = prefill_lengths(given.get("lengths"), max_length(model, programs))
+    return {"batches": (1, 1, 8), **given, "lengths": lengths}
 
 
 def _build(
@@ -141,7 +135,7 @@ def _manifest(model: LanguageModel, programs: Programs, entries: dict[str, dict[
         "model": {
             "config": config,
             "vocab_size": model.config.vocab_size,
-            "max_length": model.config.max_length if _is_limited(programs) else None,
+            "max_length": max_length(model, programs),
         },
         "state": state,
         "programs": {name: _signature(name, program, state, model.config.vocab_size) for name, program in programs.items()},

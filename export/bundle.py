@@ -67,6 +67,7 @@ __all__ = [
     "Size",
     "Variant",
     "build_bundle",
+    "check_capabilities",
     "evaluate",
     "is_optional",
     "is_tensor",
@@ -508,6 +509,22 @@ def known_capabilities() -> tuple[str, ...]:
     return tuple(c for c in CAPABILITIES if known(int(c.replace(".", ""))))
 
 
+def check_capabilities(given: Sequence[str] | None) -> tuple[str, ...]:
+    """``compute_capabilities`` of :func:`build_bundle`, each once, or what it raises of them."""
+    try:
+        import triton
+    except ImportError:
+        raise ImportError("a kernel bundle needs Triton, which is not installed: pip install triton") from None
+    known = known_capabilities()
+    chosen = known if given is None else tuple(dict.fromkeys(given))
+    if isinstance(given, str) or not chosen or set(chosen) - set(known):
+        raise ValueError(
+            f"compute_capabilities: expected some of {', '.join(known)} (those that Triton {triton.__version__} knows), "
+            f"got {given!r}"
+        )
+    return chosen
+
+
 def build_bundle(
     folder: str | Path,
     variants: Sequence[Variant],
@@ -532,19 +549,9 @@ def build_bundle(
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET: expected it unset, for interpreted kernels do not compile, got 1")
-    try:
-        import triton
-    except ImportError:
-        raise ImportError("a kernel bundle needs Triton, which is not installed: pip install triton") from None
     if not variants:
         raise ValueError("variants: expected at least one, got none")
-    known = known_capabilities()
-    chosen = known if compute_capabilities is None else tuple(dict.fromkeys(compute_capabilities))
-    if isinstance(compute_capabilities, str) or not chosen or set(chosen) - set(known):
-        raise ValueError(
-            f"compute_capabilities: expected some of {', '.join(known)} (those that Triton {triton.__version__} knows), "
-            f"got {compute_capabilities!r}"
-        )
+    chosen = check_capabilities(compute_capabilities)
     folder = Path(folder)
     SEALED.check_replaceable(folder)
     say = progress if progress is not None else lambda _: None

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .bundle import build_bundle, variants
-from .program import LanguageModel, Programs, export_program
-from .sealed import Manifest, whole
+from .bundle import build_bundle, check_capabilities, variants
+from .program import LanguageModel, Programs, export_program, max_length, prefill_lengths
+from .sealed import Manifest, check_parents, whole
 from .to_onnx import OLDEST_OPSET, model_names, to_onnx
 
 __all__ = ["save_fused"]
@@ -42,7 +42,7 @@ def save_fused(
     compute_capabilities: Sequence[str],
     form: str = "plugin",
     opset: int = OLDEST_OPSET,
-    lengths: tuple[int, int, int] = (1, 128, 1024),
+    lengths: tuple[int, int, int] | None = None,
     batches: tuple[int, int, int] = (1, 1, 1),
     progress: Callable[[str], None] | None = None,
 ) -> Manifest:
@@ -54,7 +54,8 @@ def save_fused(
         compute_capabilities: as in :func:`.build_bundle`; of GPUs whose kernels take chunks of one length.
         form: "plugin" for TensorRT, "fused" for ONNX Runtime; see :func:`.to_onnx`.
         opset: as in :func:`.to_onnx`; the default is what TensorRT 8.5 reads.
-        lengths, batches: (least, usual, most) of the engines that build.sh builds, tokens of a prefill and sequences.
+        lengths, batches: (least, usual, most) of the engines that build.sh builds, tokens of a prefill and sequences. lengths None:
+            up to the model's max_length or 4096.
         progress: called with a short text before each stage.
 
     Returns:
@@ -69,12 +70,14 @@ def save_fused(
     _check_new(folder)
     if form not in SOURCES:
         raise ValueError(f"form: expected one of {', '.join(SOURCES)}, got {form!r}")
-    for name, (least, usual, most) in (("lengths", lengths), ("batches", batches)):
+    for name, (least, usual, most) in (("lengths", lengths or (1, 1, 1)), ("batches", batches)):
         if not 1 <= least <= usual <= most:
             raise ValueError(f"{name}: expected 1 <= least <= usual <= most, got {least}, {usual}, {most}")
+    compute_capabilities = check_capabilities(compute_capabilities)
     say = progress if progress is not None else lambda _: None
     say("export")
     programs = export_program(model)
+    lengths = prefill_lengths(lengths, max_length(model, programs))
     needed = [replace(variant, chunk_size=None) for _, program in programs.items() for variant in variants(program)]
     chunks = {c: {v.chunk(c) for v in needed if v.op != "step"} for c in compute_capabilities}
     found = set().union(*chunks.values())
@@ -100,6 +103,7 @@ def save_fused(
 
 
 def _check_new(folder: Path) -> None:
+    check_parents(folder)
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise ValueError(f"{folder}: expected a new or empty folder, got something of that name")
 

@@ -33,7 +33,7 @@ from gka_compile.custom_ops.reference import compute_dtype, load_states, recipro
 
 __all__ = ["chunk_output", "chunk_state", "decays_between", "step"]
 
-STEP_DEGREE = 8  # a power of two: the step's solve proceeds in T_STEP_DEGREE(−Z)
+STEP_DEGREE = 8  # a power of two, at least 2: the step's solve proceeds in T_STEP_DEGREE(−Z)
 
 
 # --- the polynomial ----------------------------------------------------------------------------------------------------------

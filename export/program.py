@@ -7,6 +7,7 @@ namespace is one node in them, so that one program serves every backend: Inducto
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-__all__ = ["BATCH", "LENGTH", "LanguageModel", "Programs", "export_program"]
+__all__ = ["BATCH", "LENGTH", "LanguageModel", "Programs", "export_program", "max_length", "prefill_lengths"]
 
 BATCH, LENGTH = "batch", "length"  # names of the dynamic dimensions
+
+USUAL_PREFILL, LONGEST_PREFILL = 128, 4096  # tokens of one prefill, for engines, unless the model or the caller says otherwise
 
 # Neither size may be 0 or 1, nor the number of chunks (of 64 tokens) 1, or torch.export takes them for constants
 EXAMPLE_BATCH, EXAMPLE_LENGTH = 2, 130
@@ -73,6 +76,9 @@ def export_program(model: LanguageModel) -> Programs:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name in ("init_state", "prefill", "step"):
+        if not callable(getattr(model, name, None)):
+            raise TypeError(f"model: expected methods init_state, prefill and step, got {type(model).__name__} without {name}")
     if model.training:
         raise ValueError("model: expected a model in eval mode, got one in training mode: call model.eval()")
     state = _example_state(model)
@@ -90,6 +96,22 @@ def export_program(model: LanguageModel) -> Programs:
         step=export("step", tokens[:, 0].clone(), {0: Dim(BATCH)}),
         state=state,
     )
+
+
+def max_length(model: LanguageModel, programs: Programs) -> int | None:
+    """Tokens that a sequence may have: a static cache of keys and values is the one part of a state that fills up."""
+    return model.config.max_length if any(name.startswith("key_cache") for name in programs.state) else None
+
+
+def prefill_lengths(given: Sequence[int] | None, limit: int | None) -> tuple[int, int, int]:
+    """(least, usual, most) tokens of a prefill in engines for a model of that :func:`max_length`."""
+    if given is None:
+        most = LONGEST_PREFILL if limit is None else min(limit, LONGEST_PREFILL)
+        return 1, min(USUAL_PREFILL, most), most
+    least, usual, most = given
+    if limit is not None and most > limit:
+        raise ValueError(f"lengths: expected at most the model's max_length = {limit}, got {most}")
+    return least, usual, most
 
 
 def _example_state(model: LanguageModel) -> dict[str, Tensor]:

@@ -113,7 +113,8 @@ class Runner:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature: expected a number that is not negative, got {temperature}")
+            raise ValueError(f"temperature: expected a finite number that is not negative, got {temperature}")
+        self._check_room("prompt", prompt.shape[1])
         self._check_room("max_new_tokens", prompt.shape[1] + max_new_tokens - 1)
         self.reset()
         logits = self._advance("prefill", prompt, "prompt")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gka_compile import __version__
 
-__all__ = ["MANIFEST", "Manifest", "Sealed", "digest_of", "whole"]
+__all__ = ["MANIFEST", "Manifest", "Sealed", "check_file", "check_parents", "digest_of", "whole"]
 
 MANIFEST = "manifest.json"
 
@@ -23,15 +24,39 @@ Manifest = dict[str, Any]
 @contextmanager
 def whole(folder: Path, check_replaceable: Callable[[Path], None]) -> Iterator[Path]:
     """A folder to fill, which takes the place of ``folder`` if nothing is raised meanwhile, and is gone otherwise."""
+    missing = [parent for parent in folder.absolute().parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        built = Path(temporary) / folder.name
-        built.mkdir()
-        yield built
-        check_replaceable(folder)  # again: filling it took a while
-        if folder.exists():
-            folder.replace(Path(temporary) / "old")
-        built.replace(folder)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            built = Path(temporary) / folder.name
+            built.mkdir()
+            yield built
+            check_replaceable(folder)  # again: filling it took a while
+            if folder.exists():
+                folder.replace(Path(temporary) / "old")
+            built.replace(folder)
+    except BaseException:
+        with suppress(OSError):  # somebody else has put something there
+            for parent in missing:
+                parent.rmdir()
+        raise
+
+
+def check_parents(path: Path) -> None:
+    """Raise unless a file or folder can be made at ``path``, absent folders on the way included."""
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{path}: expected a place in a folder, got {parent}, which is none")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: expected a place in a folder that may be written to, got {parent}")
+
+
+def check_file(path: str | Path) -> Path:
+    """Raise unless ``path`` is in a folder."""
+    path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"path: expected a file in a folder that exists, got {path}")
+    return path
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,7 @@ class Sealed:
     def check_replaceable(self, folder: Path) -> None:
         """Raise unless ``folder`` is new, empty, or one of this kind."""
         if not folder.exists() and not folder.is_symlink():
+            check_parents(folder)
             return
         if folder.is_symlink() or not folder.is_dir():
             raise self.error(f"{folder}: expected a new folder or {self.name} to replace, got something else of that name")

@@ -13,6 +13,7 @@ import torch
 from torch.export import ExportedProgram
 
 from .portable import inductor_decompositions, portable
+from .sealed import check_file
 
 __all__ = ["to_aoti"]
 
@@ -31,7 +32,7 @@ def to_aoti(program: ExportedProgram, path: str | Path) -> Path:
         ValueError: ``path`` does not end in .pt2.
         RuntimeError: the C++ compiler makes libraries that cannot be loaded; nothing is left at ``path``.
     """
-    path = Path(path)
+    path = check_file(path)
     if path.suffix != ".pt2":
         raise ValueError(f"path: expected a name that ends in .pt2, got {path.name!r}")
     on_cpu = _device(program).type == "cpu"

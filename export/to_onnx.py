@@ -27,6 +27,7 @@ from gka_compile.custom_ops.reference import num_slots
 from .bundle import OPS, is_optional, is_tensor, variants
 from .portable import Table, decompositions, portable
 from .program import BATCH, LENGTH, Programs
+from .sealed import check_file
 
 __all__ = ["DOMAIN", "FORMS", "NEWEST_OPSET", "OPSETS", "model_names", "present_name", "to_onnx"]
 
@@ -97,8 +98,12 @@ def to_onnx(
         raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
     if opset not in OPSETS:
         raise ValueError(f"opset: expected one from {OLDEST_OPSET} to {NEWEST_OPSET}, got {opset!r}")
-    path = Path(path)
+    path = check_file(path)
     args, _ = program.example_inputs
+    inputs, outputs = program.graph_signature.user_inputs, program.graph_signature.user_outputs
+    for argument, names, expected in (("input_names", input_names, inputs), ("output_names", output_names, outputs)):
+        if len(names) != len(expected):
+            raise ValueError(f"{argument}: expected the program's {len(expected)} names, got {len(names)}: {list(names)}")
     table: Table = {}
     if form != "plugin":
         table = decompositions(args[0].device.type if device is None else device, mixed)

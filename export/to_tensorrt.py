@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from gka_compile import __version__
 
 from .program import BATCH, LENGTH
+from .sealed import check_file
 from .to_onnx import NEWEST_OPSET, OLDEST_OPSET, to_onnx
 
 __all__ = ["LIBRARIES", "RTX_CAPABILITIES", "Range", "library_of", "logger", "to_tensorrt"]
@@ -94,17 +95,8 @@ def to_tensorrt(
             not read.
         RuntimeError: TensorRT does not build the engine. Whatever is raised, nothing is left at ``path``.
     """
-    library = library_of(flavour)
-    path = Path(path)
-    chosen = _check_capabilities(library, flavour, compute_capabilities)
-    ranges = {name: _check_range(argument, x) for name, argument, x in ((BATCH, "batches", batches), (LENGTH, "lengths", lengths))}
-    if workspace is not None and (isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1):
-        raise ValueError(f"workspace: expected a positive number of bytes or None, got {workspace!r}")
-    strong = flavour == "rtx" or _major(library) >= STRONGLY_TYPED_SINCE
-    if mixed and not strong:
-        raise ValueError(
-            f"mixed: expected TensorRT {STRONGLY_TYPED_SINCE} or later, which has typed networks, got {library.__version__}"
-        )
+    library, chosen, ranges, strong = check_options(flavour, compute_capabilities, lengths, batches, workspace, mixed)
+    path = check_file(path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         if isinstance(source, ExportedProgram):
             model = Path(temporary) / "model.onnx"
@@ -138,6 +130,28 @@ def to_tensorrt(
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------------
+
+
+def check_options(
+    flavour: str = "rtx",
+    compute_capabilities: Sequence[str] | None = None,
+    lengths: Range | None = None,
+    batches: Range | None = None,
+    workspace: int | None = None,
+    mixed: bool = False,
+) -> tuple[Any, list[str], dict[str, Range | None], bool]:
+    """Options of :func:`to_tensorrt` that need no model: the library, GPUs for the builder, sizes, whether networks are typed."""
+    library = library_of(flavour)
+    chosen = _check_capabilities(library, flavour, compute_capabilities)
+    ranges = {name: _check_range(argument, x) for name, argument, x in ((BATCH, "batches", batches), (LENGTH, "lengths", lengths))}
+    if workspace is not None and (isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1):
+        raise ValueError(f"workspace: expected a positive number of bytes or None, got {workspace!r}")
+    strong = flavour == "rtx" or _major(library) >= STRONGLY_TYPED_SINCE
+    if mixed and not strong:
+        raise ValueError(
+            f"mixed: expected TensorRT {STRONGLY_TYPED_SINCE} or later, which has typed networks, got {library.__version__}"
+        )
+    return library, chosen, ranges, strong
 
 
 def _major(library: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import platform
 import sys
 import warnings
@@ -58,7 +59,9 @@ def demo(
     are built as well, and run if the GPU is one of those that they are for.
     """
     from .demo import CONFIG, PROMPT, TOLERANCE, Built, compare, train
+    from .export.artifact import SEALED
 
+    SEALED.check_replaceable(out / "artifact")
     model, loss = train(CONFIG, seconds, _device(device))
     model.save(out / "checkpoint")
     console.print(f"trained to {loss:.2f} nats per byte; weights in {out / 'checkpoint'}", highlight=False)
@@ -88,7 +91,7 @@ def export(
     backend: Annotated[
         list[str] | None, typer.Option(help="aoti, onnx or tensorrt; repeat for more. Default: aoti and onnx.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Device that aoti compiles for: auto, cpu or cuda.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device of the programs: auto, cpu or cuda; aoti compiles for it.")] = "auto",
     flavour: Annotated[
         str | None, typer.Option(help="Of tensorrt: rtx (the default), or tensorrt, which builds for the GPU of this machine.")
     ] = None,
@@ -110,6 +113,9 @@ def export(
         engines["lengths"] = (1, min(128, longest_prompt), longest_prompt)
     if mixed:
         engines["mixed"] = True
+    if engines and "tensorrt" not in (backend or ()):
+        options = "--flavour, --compute-capability, --longest-prompt, --mixed"
+        raise ValueError(f"{options}: expected none without --backend tensorrt, got {engines}")
     model = ByteLM.load(checkpoint, _device(device)).eval()
     manifest = save_artifact(model, out, tuple(backend or DEFAULT_BACKENDS), _say, engines or None)
     for name, entry in manifest["backends"].items():
@@ -123,16 +129,18 @@ def fused(
     out: Annotated[Path, typer.Argument(help="New folder for the ONNX files, the kernels and their sources.")],
     compute_capability: Annotated[list[str], typer.Option(help="GPU that kernels are compiled for, such as 8.7; repeat for more.")],
     form: Annotated[str, typer.Option(help="plugin, for TensorRT, or fused, for ONNX Runtime.")] = "plugin",
-    longest_prompt: Annotated[int, typer.Option(min=1, help="Most tokens of one prefill of TensorRT.")] = 1024,
+    longest_prompt: Annotated[int | None, typer.Option(min=1, help="Most tokens of one prefill of TensorRT.")] = None,
 ) -> None:
     """Turn a checkpoint into files for TensorRT or ONNX Runtime with this package's own kernels; needs Triton, but no GPU."""
     from .export import save_fused
     from .model import ByteLM
 
-    lengths = (1, min(128, longest_prompt), longest_prompt)
+    lengths = None if longest_prompt is None else (1, min(128, longest_prompt), longest_prompt)
     manifest = save_fused(ByteLM.load(checkpoint).eval(), out, compute_capability, form, lengths=lengths, progress=_say)
     size = sum(entry["bytes"] for entry in manifest["files"].values())
-    console.print(f"{out}: prefill.onnx, step.onnx, {len(manifest['files'])} kernel files ({size / 1e6:.1f} MB)", highlight=False)
+    console.print(
+        f"{out}: prefill.onnx, step.onnx, {len(manifest['files'])} files of kernels ({size / 1e6:.1f} MB)", highlight=False
+    )
     if form == "plugin":
         console.print(f"On the device: TENSORRT_INCLUDE_DIR=... sh {out / 'build.sh'}", highlight=False)
 
@@ -145,7 +153,7 @@ def run(
     backend: Annotated[str, typer.Option(help="aoti, onnx or tensorrt.")] = "aoti",
     provider: Annotated[str | None, typer.Option(help="Of ONNX Runtime, such as CUDAExecutionProvider.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draws.")] = 0,
 ) -> None:
     """Continue a text with an artifact; the text alone goes to standard output."""
     import torch
@@ -156,9 +164,10 @@ def run(
         raise ValueError("--prompt: expected at least one byte, got none")
     runner = Runner.load(artifact, backend, provider=provider)
     generator = torch.Generator(runner.device).manual_seed(seed)
-    tokens = torch.tensor([list(prompt.encode())])
+    given = os.fsencode(prompt)  # any bytes
+    tokens = torch.tensor([list(given)])
     new = runner.generate(tokens, max_new_tokens, temperature=temperature, generator=generator)
-    sys.stdout.write(prompt + bytes(new[0].tolist()).decode(errors="replace") + "\n")
+    sys.stdout.write((given + bytes(new[0].tolist())).decode(errors="replace") + "\n")
 
 
 @app.command()
@@ -184,6 +193,7 @@ def info(artifact: Annotated[Path | None, typer.Argument(help="An artifact to de
         ("tensorrt-rtx", "backend tensorrt"),
         ("tensorrt", "backend tensorrt"),
         ("torch-tensorrt", "TensorRT inside torch"),
+        ("torch-tensorrt-rtx", "TensorRT-RTX inside torch"),
         ("transformers", "Hugging Face checkpoints"),
     ):
         try:
@@ -198,7 +208,7 @@ def info(artifact: Annotated[Path | None, typer.Argument(help="An artifact to de
 
     manifest = load_manifest(artifact)
     about = Table(title=f"{artifact} (whole)", show_header=False)
-    about.add_row("compiled for", manifest["target"])
+    about.add_row("exported on", manifest["target"])
     about.add_row("made by", f"gka-compile {manifest['gka_compile']}")
     for name, entry in manifest["backends"].items():
         versions = ", ".join(f"{package} {version}" for package, version in entry["versions"].items())

@@ -29,4 +29,5 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
     """Next tokens [B] from logits [B, vocab_size]: the likeliest at temperature 0, else from softmax(logits / temperature)."""
     if temperature == 0:
         return logits.argmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature makes them infinite
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)

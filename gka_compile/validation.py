@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def _width(name: str, symbol: str, width: int) -> None:
 
 
 def check_ridge_ratio(ridge_ratio: Any) -> None:
-    if not isinstance(ridge_ratio, (int, float)):
+    if isinstance(ridge_ratio, bool) or not isinstance(ridge_ratio, (int, float)):
         raise TypeError(f"ridge_ratio: expected a float, got {type(ridge_ratio).__name__}")
     if not 0 < ridge_ratio < float("inf"):
         raise ValueError(f"ridge_ratio: expected a positive number, got {ridge_ratio}")
@@ -50,8 +51,11 @@ def check_tolerance(tolerance: Any) -> None:
 
 
 def _parameters(scale: Any, ridge_ratio: Any, num_iter: Any) -> None:
-    if scale is not None and not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number, got {scale}")
     check_ridge_ratio(ridge_ratio)
     if isinstance(num_iter, bool) or not isinstance(num_iter, int):
         raise TypeError(f"num_iter: expected an int, got {type(num_iter).__name__}")
@@ -77,6 +81,8 @@ def _heads(q: Any, k: Any, v: Any, lead: str) -> tuple[int, ...]:
     check_shape("v", v, (*batch, Hk, V), f"[{lead},Hk,V]")
     _width("q", "K", K)
     _width("v", "V", V)
+    if H < 1:
+        raise ValueError(f"q: expected at least one head, got shape {tuple(q.shape)}")
     if Hk < 1 or H % Hk:
         raise ValueError(f"k: expected a number of key/value heads Hk that divides the {H} heads of q, got {Hk}")
     if q.dtype == torch.float64 and q.device.type != "cpu":

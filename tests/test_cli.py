@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,26 @@ def test_errors_of_use_are_one_line_and_exit_2(arguments: list[str], message: st
     assert " ".join(told.err.split()) == f"error: {message}"
 
 
+def test_any_bytes_are_a_prompt_and_any_temperature_is_one(command: Callable[..., Told], tmp_path: Path) -> None:
+    ByteLM(TINY).eval().save(tmp_path / "checkpoint")
+    artifact = str(tmp_path / "artifact")
+    assert command("export", str(tmp_path / "checkpoint"), artifact, "--backend", "onnx").code == 0
+    run = ("run", artifact, "--backend", "onnx", "--max-new-tokens", "1", "--temperature", "1e-40")
+    told = command(*run, "--prompt", os.fsdecode(b"a\xff"))
+    assert told.code == 0, told.err
+    assert told.out.startswith("a\ufffd")
+
+
+def test_a_demo_that_cannot_be_written_is_not_trained(
+    command: Callable[..., Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    told = command("demo", "--out", str(tmp_path / "file"))
+    assert told.code == 2
+    assert "file/artifact: expected a place in a folder, got" in " ".join(told.err.split())
+
+
 def test_export_and_run(command: Callable[..., Told], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ByteLM(TINY).eval()
@@ -86,7 +107,7 @@ def test_export_and_run(command: Callable[..., Told], tmp_path: Path) -> None:
     told = command(*made_from, "--backend", "onnx", "--flavour", "tensorrt", "--compute-capability", "8.9", "--longest-prompt", "9")
     assert told.code == 2
     assert (
-        "tensorrt: expected None without backend tensorrt, got {'flavour': 'tensorrt', 'compute_capabilities': ['8.9'], "
+        "--mixed: expected none without --backend tensorrt, got {'flavour': 'tensorrt', 'compute_capabilities': ['8.9'], "
         in told.err
     )
     assert "'lengths': (1, 9, 9)}" in told.err

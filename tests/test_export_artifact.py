@@ -206,8 +206,9 @@ def test_onnx_is_standard_and_loops_over_chunk_states_alone(artifact: Path, mode
         (lambda r: r.generate(torch.tensor([[300]]), 2), ValueError, "prompt: expected tokens from 0 to 255, got 300"),
         (lambda r: r.generate(torch.tensor([[1]]), 0), ValueError, "max_new_tokens: expected at least 1, got 0"),
         (lambda r: r.generate(torch.tensor([[1]]), 2.0), TypeError, "max_new_tokens: expected an int, got float"),
+        (lambda r: r.generate(torch.ones(1, 400, dtype=torch.int64), 1), ValueError, "prompt: .* max_length = 384 tokens, got 400"),
         (lambda r: r.generate(torch.tensor([[1]]), 385), ValueError, "max_new_tokens: .* at most max_length = 384 tokens, got 385"),
-        (lambda r: r.generate(torch.tensor([[1]]), 2, temperature=-1.0), ValueError, "temperature: expected a number"),
+        (lambda r: r.generate(torch.tensor([[1]]), 2, temperature=-1.0), ValueError, "temperature: expected a finite number"),
     ],
 )
 def test_bad_arguments(artifact: Path, runner: Runner, call: Callable[[Runner], Any], kind: type[Exception], message: str) -> None:
@@ -384,3 +385,24 @@ def test_a_compiler_with_its_own_runtime_is_named(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match=r"path: expected a name that ends in .pt2, got 'step.so'"):
         to_aoti(program, tmp_path / "step.so")
+
+
+def test_places_that_cannot_be_written_are_found_before_the_work(model: ByteLM, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/a/b: expected a place in a folder, got .*file, which is none"):
+        save_artifact(model, tmp_path / "file" / "a" / "b", ["onnx"], progress=pytest.fail)
+    with pytest.raises(ValueError, match=r"path: expected a file in a folder that exists, got .*nowhere/a\.pt2"):
+        to_aoti(export_program(model).step, tmp_path / "nowhere" / "a.pt2")
+
+
+def test_folders_made_for_an_artifact_that_fails_are_removed(
+    model: ByteLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(artifact_module, "to_onnx", fail)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RuntimeError, match="no room"):
+        save_artifact(model, tmp_path / "a" / "b" / "c", ["onnx"])
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a"]

@@ -147,6 +147,12 @@ def test_bad_input(step: ExportedProgram, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device: expected cuda or cpu, got 'npu'"):
         to_onnx(step, tmp_path / "step.onnx", NAMES, OUTPUTS, device="npu")
 
+    for inputs_, outputs in ((["q"], OUTPUTS), (NAMES, [])):
+        with pytest.raises(ValueError, match=r"put_names: expected the program's \d names, got"):
+            to_onnx(step, tmp_path / "step.onnx", inputs_, outputs)
+    with pytest.raises(ValueError, match="path: expected a file in a folder that exists, got"):
+        to_onnx(step, tmp_path / "nowhere" / "step.onnx", NAMES, OUTPUTS)
+
     class New(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.mish(x)

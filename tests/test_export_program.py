@@ -86,6 +86,8 @@ def test_portable_form_computes_the_same_in_float64(form: str, num_iter: int) ->
 def test_what_cannot_be_exported_is_refused(model: ByteLM) -> None:
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
         export_program("model")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model: expected methods init_state, prefill and step, got Linear without init_state"):
+        export_program(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected a model in eval mode"):
         export_program(copy.deepcopy(model).train())
 

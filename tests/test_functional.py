@@ -206,6 +206,10 @@ def test_autocast_takes_q_k_v_and_leaves_decays_and_states() -> None:
         ({"num_iter": 3.0}, TypeError, "num_iter: expected an int, got float"),
         ({"ridge_ratio": 0.0}, ValueError, r"ridge_ratio: expected a positive number, got 0\.0"),
         ({"ridge_ratio": float("nan")}, ValueError, "ridge_ratio: expected a positive number, got nan"),
+        ({"scale": True}, TypeError, "scale: expected a float or None, got bool"),
+        ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
+        ({"ridge_ratio": True}, TypeError, "ridge_ratio: expected a float, got bool"),
+        ({n: torch.zeros(2, 5, 0, 8) for n in "qkv"}, ValueError, r"q: expected at least one head, got shape \(2, 5, 0, 8\)"),
         ({"scale": "1"}, TypeError, "scale: expected a float or None, got str"),
         (
             {"initial_state": torch.zeros(3)},

@@ -325,8 +325,9 @@ def test_bad_input() -> None:
         (
             lambda: model.generate(tokens, 1, temperature=-1),
             ValueError,
-            "temperature: expected a number that is not negative, got -1",
+            "temperature: expected a finite number that is not negative, got -1",
         ),
+        (lambda: model.generate(tokens.repeat(1, 30), 1), ValueError, "prompt: .* at most max_length = 128 tokens, got 150"),
         (lambda: model.generate(tokens, 125), ValueError, "max_new_tokens: .* at most max_length = 128 tokens, got 129"),
         (lambda: model.generate(tokens, 1, state=model.init_state(1)), ValueError, r"state\['h_state_0'\]: expected shape"),
         (lambda: model.init_state(0), ValueError, "batch_size: expected at least 1, got 0"),

@@ -108,8 +108,12 @@ def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
         save_fused(model, out, ["8.7"], form="portable")
     with pytest.raises(ValueError, match="lengths: expected 1 <= least <= usual <= most, got 4, 2, 8"):
         save_fused(model, out, ["8.7"], lengths=(4, 2, 8))
-    with pytest.raises(ValueError, match="compute_capabilities: expected some of"):
-        save_fused(model, out, ["7.5"])
+    for wrong in (["7.5"], ["foo"], ["10.0.0"], "8.7"):
+        with pytest.raises(ValueError, match="compute_capabilities: expected some of"):
+            save_fused(model, out, wrong, progress=pytest.fail)
+    attention = ByteLM(ModelConfig(hidden_size=32, intermediate_size=32, pattern="*", num_heads=2, max_length=64)).eval()
+    with pytest.raises(ValueError, match="lengths: expected at most the model's max_length = 64, got 65"):
+        save_fused(attention, out, ["8.7"], lengths=(1, 2, 65))
     assert not list(tmp_path.iterdir())
     out.mkdir()
     (out / "mine").write_text("kept")

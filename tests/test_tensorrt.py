@@ -216,6 +216,26 @@ def test_what_cannot_be_built_is_refused(
     assert list(tmp_path.iterdir()) == [source]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_capabilities": ["9.0"]}, "compute_capabilities: expected some of"),
+        ({"flavour": "rxt"}, "flavour: expected one of"),
+        ({"lengths": (4, 2, 8)}, "lengths: expected 1 ≤ least"),
+    ],
+)
+def test_options_are_checked_before_any_backend_is_built(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        save_artifact(make_model(), tmp_path / "model", ["onnx", "tensorrt"], progress=pytest.fail, tensorrt=options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_engine_is_longer_than_the_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"lengths: expected at most the model's max_length = {MAX_LENGTH}, got 5000"):
+        save_artifact(make_model(), tmp_path / "model", ["tensorrt"], tensorrt={"lengths": (1, 128, 5000)})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_build_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, path = graph(tmp_path / "model.onnx"), tmp_path / "model.engine"
     to_tensorrt(source, path, **GOOD)

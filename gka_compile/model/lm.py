@@ -154,18 +154,19 @@ class ByteLM(nn.Module):
         check_tokens("prompt", prompt, "[B,T]")
         check_integers({"max_new_tokens": max_new_tokens})
         if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature: expected a number that is not negative, got {temperature}")
+            raise ValueError(f"temperature: expected a finite number that is not negative, got {temperature}")
         if prompt.numel() and not 0 <= int(prompt.min()) <= int(prompt.max()) < self.config.vocab_size:
             raise ValueError(
                 f"prompt: expected tokens from 0 to {self.config.vocab_size - 1}, got {prompt.min()} to {prompt.max()}"
             )
         state = self.init_state(prompt.shape[0]) if state is None else state
         self._check_state(state, prompt)
-        consumed = int(state["position"].max()) + prompt.shape[1] + max_new_tokens - 1
-        if ATTENTION in self.config.layer_types and consumed > self.config.max_length:
-            raise ValueError(
-                f"max_new_tokens: expected to consume at most max_length = {self.config.max_length} tokens, got {consumed}"
-            )
+        read = int(state["position"].max()) + prompt.shape[1]
+        for argument, consumed in (("prompt", read), ("max_new_tokens", read + max_new_tokens - 1)):
+            if ATTENTION in self.config.layer_types and consumed > self.config.max_length:
+                raise ValueError(
+                    f"{argument}: expected to consume at most max_length = {self.config.max_length} tokens, got {consumed}"
+                )
         prefill = self.prefill if prefill is None else prefill
         step = self.step if step is None else step
         logits, state = prefill(prompt, state)
@@ -198,7 +199,7 @@ class ByteLM(nn.Module):
                 raise FileNotFoundError(f"folder: expected a file {path}, got none")
         try:
             config = ModelConfig.from_dict(json.loads(paths[CONFIG].read_text()))
-        except json.JSONDecodeError as e:
+        except (UnicodeDecodeError, json.JSONDecodeError) as e:
             raise ValueError(f"{paths[CONFIG]}: expected JSON, got {e}") from None
         try:
             weights = load_file(paths[WEIGHTS], device=str(device))
