@@ -64,7 +64,7 @@ def save_artifact(
         progress: called with a short text before each stage ("export", "aoti prefill", …).
         tensorrt: for backend "tensorrt", keyword arguments of :func:`.to_tensorrt`: flavour, compute_capabilities, lengths (of
             prefill), batches, workspace, mixed. Without them engines are of TensorRT-RTX for its usual GPUs, for batches up to 8
-            and for prompts up to the model's max_length or LONGEST_PREFILL (4096).
+            and for prompts up to the model's max_length, where it has one, else 4096.
 
     Returns:
         The manifest; ``manifest["backends"][name]["seconds"]`` is what building a backend took, beside

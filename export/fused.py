@@ -55,7 +55,7 @@ def save_fused(
         form: "plugin" for TensorRT, "fused" for ONNX Runtime; see :func:`.to_onnx`.
         opset: as in :func:`.to_onnx`; the default is what TensorRT 8.5 reads.
         lengths, batches: (least, usual, most) of the engines that build.sh builds, tokens of a prefill and sequences. lengths None:
-            up to the model's max_length or 4096.
+            up to the model's max_length, where it has one, else 4096.
         progress: called with a short text before each stage.
 
     Returns:

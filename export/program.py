@@ -106,7 +106,7 @@ def max_length(model: LanguageModel, programs: Programs) -> int | None:
 def prefill_lengths(given: Sequence[int] | None, limit: int | None) -> tuple[int, int, int]:
     """(least, usual, most) tokens of a prefill in engines for a model of that :func:`max_length`."""
     if given is None:
-        most = LONGEST_PREFILL if limit is None else min(limit, LONGEST_PREFILL)
+        most = LONGEST_PREFILL if limit is None else limit
         return 1, min(USUAL_PREFILL, most), most
     least, usual, most = given
     if limit is not None and most > limit:
