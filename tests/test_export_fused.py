@@ -236,8 +236,8 @@ def test_tensorrt_rtx_builds_the_functions(three: ExportedProgram, tmp_path: Pat
 
 def test_bad_input(three: ExportedProgram, tmp_path: Path) -> None:
     def convert(program: ExportedProgram = three, **options: Any) -> None:
-        names = list(steps(1)) if program is three else ["x"]
-        to_onnx(program, tmp_path / "model.onnx", names, STEP_OUTPUTS, **options)
+        inputs, outputs = program.graph_signature.user_inputs, program.graph_signature.user_outputs
+        to_onnx(program, tmp_path / "model.onnx", inputs, outputs, **options)
 
     with pytest.raises(ValueError, match="form: expected one of portable, fused, plugin, got 'functions'"):
         convert(form="functions")
