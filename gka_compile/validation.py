@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +53,7 @@ def _parameters(scale: Any, ridge_ratio: Any, num_iter: Any) -> None:
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
-        if not math.isfinite(scale):
+        if not -float("inf") < scale < float("inf"):  # Dynamo has no math.isfinite of a float that it traces
             raise ValueError(f"scale: expected a finite number, got {scale}")
     check_ridge_ratio(ridge_ratio)
     if isinstance(num_iter, bool) or not isinstance(num_iter, int):

@@ -171,3 +171,12 @@ def test_layer_any_length(layout: str) -> None:
         assert relative_error(grads[1], grads[0]) < allowed
 
     each_size(f"layer, {layout}", call, ((2, 37), (3, 100), (5, 64), (2, 3000), (20, 2)))
+
+
+def test_floats_that_change_are_checked_in_the_graph() -> None:
+    """The second value of a float argument makes Dynamo trace it, checks included."""
+    compiled = torch.compile(lambda q, scale, ridge: chunk_gka(q, q, q, scale=scale, ridge_ratio=ridge)[0], fullgraph=True)
+    q = torch.randn(1, 9, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for scale, ridge in ((0.5, 0.02), (0.25, 0.03), (0.125, 0.05)):
+        expected, _ = chunk_gka(q, q, q, scale=scale, ridge_ratio=ridge)
+        assert relative_error(compiled(q, scale, ridge), expected) < 1e-14
