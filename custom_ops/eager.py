@@ -14,7 +14,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch._library.triton import set_wrap_triton_enabled
 from torch.autograd import forward_ad
 
-__all__ = ["TENSORS", "EagerOp", "unobserved"]
+__all__ = ["TENSORS", "EagerOp", "no_hidden_observer", "unobserved"]
 
 TENSORS = frozenset({Tensor, torch.nn.Parameter})  # types that do nothing of their own in a call
 _PLAIN = TENSORS | {type(None), float, int, bool}
@@ -24,17 +24,21 @@ _ORDINARY = _INFERENCE | _C.DispatchKeySet(_C.DispatchKey.ADInplaceOrView)
 _USUAL_KEYS = frozenset({_INFERENCE.raw_repr(), _ORDINARY.raw_repr()})
 
 
+def no_hidden_observer() -> bool:
+    """Whether nothing would see a call that does not add dispatch keys to it: Dynamo, function modes, forward-mode AD."""
+    return (
+        not torch.compiler.is_compiling()  # first, for Dynamo reads this function and stops here
+        and not _C._len_torch_function_stack()
+        and forward_ad._current_level < 0
+    )
+
+
 def unobserved() -> bool:
     """Whether no mode, trace or transform would see a call, nothing but autograd that is.
 
     Dispatch modes, transforms of torch.func, legacy vmap, functionalization and torch.jit.trace add dispatch keys to every call.
     """
-    return (
-        not torch.compiler.is_compiling()  # first, for Dynamo reads this function and stops here
-        and _C._dispatch_tls_local_include_set().raw_repr() in _USUAL_KEYS
-        and not _C._len_torch_function_stack()
-        and forward_ad._current_level < 0
-    )
+    return no_hidden_observer() and _C._dispatch_tls_local_include_set().raw_repr() in _USUAL_KEYS
 
 
 class EagerOp(CustomOpDef):

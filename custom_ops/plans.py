@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .eager import TENSORS, unobserved
+from .eager import TENSORS, no_hidden_observer, unobserved
 
 try:
     from torch._C._dynamo.guards import TensorGuards
@@ -74,14 +73,12 @@ def repeat_step(*call: Any) -> Tensor | None:
     Args:
         call: q, k, v, state, g, gk, alpha, beta, scale, ridge_ratio, num_iter of ``step_gka``, unchecked.
     """
-    # Dynamo reads this function, and stops here; modes and transforms that add dispatch keys are seen by the guards
-    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() or forward_ad._current_level >= 0:
+    if not no_hidden_observer():  # the guards see the others
         return None
     key = _key(*call[3:])
-    plans = None if key is None else _steps.get(key)
-    if key is None or plans is None:
+    if key is None:
         return None
-    tensors = _distinct(*call[:8])
+    plans, tensors = _steps.get(key, []), _distinct(*call[:8])
     for plan in plans:
         if plan.check(*tensors):
             break

@@ -70,7 +70,10 @@ def save_fused(
     _check_new(folder)
     if form not in SOURCES:
         raise ValueError(f"form: expected one of {', '.join(SOURCES)}, got {form!r}")
-    for name, (least, usual, most) in (("lengths", lengths or (1, 1, 1)), ("batches", batches)):
+    for name, sizes in (("lengths", lengths), ("batches", batches)):
+        if sizes is None:
+            continue
+        least, usual, most = sizes
         if not 1 <= least <= usual <= most:
             raise ValueError(f"{name}: expected 1 <= least <= usual <= most, got {least}, {usual}, {most}")
     compute_capabilities = check_capabilities(compute_capabilities)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-__all__ = ["BATCH", "LENGTH", "LanguageModel", "Programs", "export_program", "max_length", "prefill_lengths"]
+__all__ = ["BATCH", "LENGTH", "LanguageModel", "Programs", "export_program", "lengths_up_to", "max_length", "prefill_lengths"]
 
 BATCH, LENGTH = "batch", "length"  # names of the dynamic dimensions
 
@@ -103,11 +103,15 @@ def max_length(model: LanguageModel, programs: Programs) -> int | None:
     return model.config.max_length if any(name.startswith("key_cache") for name in programs.state) else None
 
 
+def lengths_up_to(most: int) -> tuple[int, int, int]:
+    """(least, usual, most) tokens of a prefill."""
+    return 1, min(USUAL_PREFILL, most), most
+
+
 def prefill_lengths(given: Sequence[int] | None, limit: int | None) -> tuple[int, int, int]:
     """(least, usual, most) tokens of a prefill in engines for a model of that :func:`max_length`."""
     if given is None:
-        most = LONGEST_PREFILL if limit is None else limit
-        return 1, min(USUAL_PREFILL, most), most
+        return lengths_up_to(LONGEST_PREFILL if limit is None else limit)
     least, usual, most = given
     if limit is not None and most > limit:
         raise ValueError(f"lengths: expected at most the model's max_length = {limit}, got {most}")

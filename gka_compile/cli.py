@@ -104,13 +104,14 @@ def export(
 ) -> None:
     """Turn a checkpoint into an artifact that runs without the model's Python code."""
     from .export import DEFAULT_BACKENDS, save_artifact
+    from .export.program import lengths_up_to
     from .model import ByteLM
 
     engines: dict[str, Any] = {} if flavour is None else {"flavour": flavour}
     if compute_capability is not None:
         engines["compute_capabilities"] = compute_capability
     if longest_prompt is not None:
-        engines["lengths"] = (1, min(128, longest_prompt), longest_prompt)
+        engines["lengths"] = lengths_up_to(longest_prompt)
     if mixed:
         engines["mixed"] = True
     if engines and "tensorrt" not in (backend or ()):
@@ -133,9 +134,10 @@ def fused(
 ) -> None:
     """Turn a checkpoint into files for TensorRT or ONNX Runtime with this package's own kernels; needs Triton, but no GPU."""
     from .export import save_fused
+    from .export.program import lengths_up_to
     from .model import ByteLM
 
-    lengths = None if longest_prompt is None else (1, min(128, longest_prompt), longest_prompt)
+    lengths = None if longest_prompt is None else lengths_up_to(longest_prompt)
     manifest = save_fused(ByteLM.load(checkpoint).eval(), out, compute_capability, form, lengths=lengths, progress=_say)
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     console.print(

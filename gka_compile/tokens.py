@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_tokens", "choose"]
+__all__ = ["check_temperature", "check_tokens", "choose"]
 
 
 def check_tokens(name: str, tokens: Any, symbols: str) -> Tensor:
@@ -23,6 +23,11 @@ def check_tokens(name: str, tokens: Any, symbols: str) -> Tensor:
     if tokens.dim() != len(symbols.split(",")) or any(size == 0 for size in tokens.shape):
         raise ValueError(f"{name}: expected shape {symbols} with at least one token, got {tuple(tokens.shape)}")
     return tokens
+
+
+def check_temperature(temperature: float) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number that is not negative, got {temperature}")
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..layer import RMSNorm, check_integers, exact
-from ..tokens import check_tokens, choose
+from ..tokens import check_temperature, check_tokens, choose
 from .blocks import AttentionBlock, GKABlock, State, place
 from .config import ATTENTION, ModelConfig
 
@@ -153,8 +153,7 @@ class ByteLM(nn.Module):
         """
         check_tokens("prompt", prompt, "[B,T]")
         check_integers({"max_new_tokens": max_new_tokens})
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature: expected a finite number that is not negative, got {temperature}")
+        check_temperature(temperature)
         if prompt.numel() and not 0 <= int(prompt.min()) <= int(prompt.max()) < self.config.vocab_size:
             raise ValueError(
                 f"prompt: expected tokens from 0 to {self.config.vocab_size - 1}, got {prompt.min()} to {prompt.max()}"
