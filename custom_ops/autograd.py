@@ -2,9 +2,9 @@
 
 A forward is two ops, and what comes between them, the chunk states, is as large as q, k, v and o together.  So no cotangent ever
 flows *through* the chunk states.  ``chunk_output`` takes everything that they were made from as arguments, its backward returns
-the full gradient for all of those, and the chunk states are rebuilt instead of kept.  ``chunk_state`` answers for its final states
-only.  Both gradients are linear in their cotangents, so autograd's sum of the two is the gradient of the whole, and a training
-step that does not differentiate the final states pays for one.
+the full gradient for all of those, and the chunk states are rebuilt, piece by piece, instead of kept.  ``chunk_state`` answers for
+its final states only.  Both gradients are linear in their cotangents, so autograd's sum of the two is the gradient of the whole,
+and a training step that does not differentiate the final states pays for one.
 
 The gradient is that of the exact solve, with the forward's polynomial for both solves (docs/design.md).
 """
@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from . import ops
+from .pieces import piece_starts
 
 __all__: list[str] = []
 
@@ -34,15 +35,9 @@ def _chunk_state_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor 
     dh_out, du_out = cotangents[3:]
     if dh_out is None and du_out is None:
         return (None,) * 10
-    sizes = (ctx.num_heads, ctx.chunk_size)
-    h_chunks, u_chunks, state_scales, _, _ = ops.chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, *sizes)
-    no_output = (None,) * 8
-    dh_chunks, du_chunks, dstate_scales, dh0, du0 = ops.chunk_state_bwd(
-        *(k, v, g, gk, beta, h_chunks, state_scales, *no_output, dh_out, du_out, cu_seqlens, 1.0, *sizes)
-    )
-    dk, dv, dg, dgk, dbeta = ops.chunk_grads(
-        *(k, v, g, gk, beta, h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
-        *(*no_output, None, cu_seqlens, 1.0, *sizes),
+    _, dk, dv, dg, dgk, _, dbeta, dh0, du0 = ops.chunk_bwd(
+        *(k, v, g, gk, beta, h0, u0, *(None,) * 6, dh_out, du_out, *(None,) * 3, cu_seqlens),
+        *(1.0, 1.0, 1, ctx.num_heads, ctx.chunk_size),  # there is nothing to solve
     )
     return (
         *(dk, dv, _as_input(dg, g), _as_input(dgk, gk), _as_input(dbeta, beta)),
@@ -54,32 +49,23 @@ ops.chunk_state.register_autograd(_chunk_state_backward, setup_context=_chunk_st
 
 
 def _chunk_output_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, g, gk, alpha, beta, h0, u0, _, _, _, cu_seqlens, *ctx.parameters, ctx.chunk_size = inputs
+    q, k, v, g, gk, alpha, beta, h0, u0, *states, cu_seqlens, _, _, _, chunk_size = inputs
     _, *solved = output
-    ctx.save_for_backward(q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, *solved)
+    cut = ops.runs_kernels(k)
+    starts = piece_starts(k, v, cu_seqlens, q.shape[2], chunk_size, states) if cut else (None, None, None)
+    ctx.save_for_backward(k, v, g, gk, beta, h0, u0, q, alpha, *solved, *starts, cu_seqlens)
+    ctx.parameters = (*inputs[-4:-1], q.shape[2], chunk_size)
     ctx.mark_non_differentiable(*solved)
     ctx.set_materialize_grads(False)
 
 
 def _chunk_output_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens, x, x_scale, phi = ctx.saved_tensors
+    k, v, g, gk, beta, h0, u0, q, alpha, x, x_scale, phi, *starts, cu_seqlens = ctx.saved_tensors
     do = cotangents[0]
     if do is None:
         return (None,) * 17
-    scale, ridge_ratio, num_iter = ctx.parameters
-    sizes = (q.shape[2], ctx.chunk_size)
-    h_chunks, u_chunks, state_scales, _, _ = ops.chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, *sizes)
-    dq, dalpha, y, y_scale, eta, mdm = ops.chunk_output_bwd(
-        *(do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, state_scales, x, x_scale, phi),
-        *(cu_seqlens, scale, ridge_ratio, num_iter, ctx.chunk_size),
-    )
-    dh_chunks, du_chunks, dstate_scales, dh0, du0 = ops.chunk_state_bwd(
-        *(k, v, g, gk, beta, h_chunks, state_scales, do, q, alpha, x, x_scale, y, y_scale, eta),
-        *(None, None, cu_seqlens, scale, *sizes),
-    )
-    dk, dv, dg, dgk, dbeta = ops.chunk_grads(
-        *(k, v, g, gk, beta, h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
-        *(do, q, alpha, x, x_scale, y, y_scale, eta, mdm, cu_seqlens, scale, *sizes),
+    dq, dk, dv, dg, dgk, dalpha, dbeta, dh0, du0 = ops.chunk_bwd(
+        *(k, v, g, gk, beta, h0, u0, do, q, alpha, x, x_scale, phi, None, None, *starts, cu_seqlens, *ctx.parameters)
     )
     return (
         *(dq, dk, dv, _as_input(dg, g), _as_input(dgk, gk), _as_input(dalpha, alpha), _as_input(dbeta, beta)),
@@ -108,26 +94,17 @@ def _step_backward(ctx: Any, do: Tensor | None, dh: Tensor | None, du: Tensor | 
     q, k, v, g, gk, alpha, beta = (with_time(t) for t in per_token[:3] + per_token[5:])
     assert q is not None and k is not None and v is not None
     parameters, sizes = (ctx.scale, ctx.ridge_ratio, ctx.num_iter), (q.shape[2], STEP_CHUNK)
-    h_chunks, u_chunks, state_scales, _, _ = ops.chunk_state(k, v, g, gk, beta, h, u, None, *sizes)
-    states = (h_chunks, u_chunks, state_scales)
-    dq = dalpha = None
-    read: tuple[Tensor | None, ...] = (None,) * 9
+    read: tuple[Tensor | None, ...] = (None,) * 6
     if do is not None:
-        do = do.unsqueeze(1)
-        _, x, x_scale, phi = ops.chunk_output(q, k, v, g, gk, alpha, beta, h, u, *states, None, *parameters, STEP_CHUNK)
-        dq, dalpha, y, y_scale, eta, mdm = ops.chunk_output_bwd(
-            do, q, k, v, g, gk, alpha, beta, *states, x, x_scale, phi, None, *parameters, STEP_CHUNK
-        )
-        read = (do, q, alpha, x, x_scale, y, y_scale, eta, mdm)
-    dh_chunks, du_chunks, dstate_scales, dh0, du0 = ops.chunk_state_bwd(
-        k, v, g, gk, beta, h_chunks, state_scales, *read[:-1], dh, du, None, ctx.scale, *sizes
-    )
-    dk, dv, dg, dgk, dbeta = ops.chunk_grads(
-        k, v, g, gk, beta, *states, dh_chunks, du_chunks, dstate_scales, *read, None, ctx.scale, *sizes
+        *states, _, _ = ops.chunk_state(k, v, g, gk, beta, h, u, None, *sizes)
+        _, *solved = ops.chunk_output(q, k, v, g, gk, alpha, beta, h, u, *states, None, *parameters, STEP_CHUNK)
+        read = (do.unsqueeze(1), q, alpha, *solved)
+    dq, dk, dv, dg, dgk, dalpha, dbeta, dh0, du0 = ops.chunk_bwd(
+        k, v, g, gk, beta, h, u, *read, dh, du, *(None,) * 4, *parameters, *sizes
     )
 
-    def without_time(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-        return None if grad is None or like is None else grad.squeeze(1).to(like.dtype)
+    def without_time(grad: Tensor, like: Tensor | None) -> Tensor | None:
+        return None if like is None or (grad.dim() == 1) else grad.squeeze(1).to(like.dtype)
 
     return (
         *(without_time(dq, q), without_time(dk, k), without_time(dv, v), dh0, du0),

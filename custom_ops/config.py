@@ -6,6 +6,7 @@ __all__ = [
     "COTANGENT_COLUMNS",
     "CPU_CHUNK",
     "NUM_ITER",
+    "PIECE_BYTES",
     "RIDGE_RATIO",
     "STATE_COLUMNS",
     "chunk_size",
@@ -15,6 +16,8 @@ __all__ = [
 
 RIDGE_RATIO = 0.02  # a in λ = a‖H‖_F
 NUM_ITER = 30  # Chebyshev iterations; the error shrinks by 0.754 in each at a = 0.02
+
+PIECE_BYTES = 128 * 2**20  # of chunk states that the backward holds at a time, about; as much again of their cotangents
 
 CPU_CHUNK = 64
 

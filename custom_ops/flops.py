@@ -37,24 +37,14 @@ def _chunk_output(q: Any, k: Any, v: Any, *args: Any, **_: Any) -> int:
     return phi + _solve(tokens, H, K, C, num_iter) + _read(tokens, H, K, V, C)
 
 
-@register_flop_formula([gka.chunk_output_bwd, gka.chunk_output_bwd_cpu])
-def _chunk_output_bwd(do: Any, q: Any, k: Any, v: Any, *args: Any, **_: Any) -> int:
-    num_iter, C = args[-2:]
-    (H, K), V, tokens = q[2:], v[-1], _tokens(q)
-    return _solve(tokens, H, K, C, num_iter) + _read(tokens, H, K, V, C)
-
-
-@register_flop_formula([gka.chunk_state_bwd, gka.chunk_state_bwd_cpu])
-def _chunk_state_bwd(k: Any, v: Any, *args: Any, **_: Any) -> int:
-    H = args[-2]
-    return 2 * _tokens(k) * H * k[-1] * (2 * k[-1] + v[-1])
-
-
-@register_flop_formula([gka.chunk_grads, gka.chunk_grads_cpu])
-def _chunk_grads(k: Any, v: Any, *args: Any, **_: Any) -> int:
-    H, C = args[-2:]
-    K, V = k[-1], v[-1]
-    return 2 * _tokens(k) * H * (2 * K * K + 2 * K * V + C * (6 * K + 2 * (K + V) + C))
+@register_flop_formula([gka.chunk_bwd, gka.chunk_bwd_cpu])
+def _chunk_bwd(k: Any, v: Any, *args: Any, **_: Any) -> int:
+    do, (num_iter, H, C) = args[5], args[-3:]
+    K, V, tokens = k[-1], v[-1], _tokens(k)
+    states = tokens * H * (K * (K + V) + K * (2 * K + V))
+    gradients = tokens * H * (2 * K * K + 2 * K * V + C * (6 * K + 2 * (K + V) + C))
+    solve = 0 if do is None else _solve(tokens, H, K, C, num_iter) + _read(tokens, H, K, V, C)
+    return solve + 2 * (states + gradients)
 
 
 @register_flop_formula([gka.step, gka.step_cpu, gka.step_, gka.step__cpu])

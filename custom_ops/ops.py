@@ -1,12 +1,10 @@
 """The ops of the ``gka`` namespace, registered when this module is imported.
 
-Each op is one or two kernel launches:
+Each op is one or two kernel launches, ``chunk_bwd`` eight for each of its pieces:
 
     chunk_state       (k, v, decays, initial state)      → states before every chunk, final state
     chunk_output      (q, k, v, decays, alpha, states)   → o, and the solve's by-products that the backward reuses
-    chunk_output_bwd  the adjoint solve: gradients of q and alpha, and what the next two need
-    chunk_state_bwd   cotangents of the states, backwards in time
-    chunk_grads       gradients of k, v, g, gk and beta, all chunks at once
+    chunk_bwd         (the above, cotangents)            → gradients of all of it
     step, step_       one token: functional, and in place on the states
 
 An op is a ``torch.library.triton_op``: ``torch.export`` keeps it as one node, and Inductor and AOTInductor open it, so that its
@@ -35,11 +33,9 @@ from .reference import compute_dtype, num_slots, storage_dtype
 
 try:
     from .kernels import (
-        launch_chunk_grads,
+        launch_chunk_bwd,
         launch_chunk_output,
-        launch_chunk_output_bwd,
         launch_chunk_state,
-        launch_chunk_state_bwd,
         launch_step,
         plan_step,
     )
@@ -50,17 +46,15 @@ except ImportError as error:  # no Triton on this machine: CPU tensors only
     def _no_triton(*_: Any) -> Any:
         raise RuntimeError("gka ops on a GPU, or under TRITON_INTERPRET=1, need Triton, which is not installed: pip install triton")
 
-    launch_chunk_grads = launch_chunk_output = launch_chunk_output_bwd = _no_triton  # type: ignore[assignment]
-    launch_chunk_state = launch_chunk_state_bwd = launch_step = plan_step = _no_triton  # type: ignore[assignment]
+    launch_chunk_bwd = launch_chunk_output = launch_chunk_state = launch_step = plan_step = _no_triton  # type: ignore[assignment]
 
 __all__ = [
-    "chunk_grads",
+    "chunk_bwd",
     "chunk_output",
-    "chunk_output_bwd",
     "chunk_state",
-    "chunk_state_bwd",
     "interpreting",
     "plan_step",
+    "runs_kernels",
     "step",
     "step_",
 ]
@@ -68,12 +62,17 @@ __all__ = [
 Tensors3 = tuple[Tensor, Tensor, Tensor]
 Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
 Tensors5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-Tensors6 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Tensors9 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def interpreting() -> bool:
     """Whether TRITON_INTERPRET=1 asks for the Triton kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether ops on x are kernels rather than the reference, which knows no pieces."""
+    return x.device.type != "cpu" or interpreting()
 
 
 def _register(
@@ -250,191 +249,79 @@ chunk_output, chunk_output_cpu = _register(
 )
 
 
-# --- chunk_output_bwd ------------------------------------------------------------------------------------------------------
+# --- chunk_bwd -------------------------------------------------------------------------------------------------------------
 
 
-def _chunk_output_bwd_outputs(do, q, k, v, g, gk, alpha, *_):  # type: ignore[no-untyped-def]
-    exact = compute_dtype(q)
-    per_token = q.shape[:3]
+def _chunk_bwd_outputs(k, v, g, gk, beta, h0, u0, do, q, alpha, *args):  # type: ignore[no-untyped-def]
+    cu_seqlens, _, _, _, H, _ = args[-6:]
+    (B, T, _, K), V, exact = k.shape, v.shape[-1], compute_dtype(k)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (
-        q.new_empty(q.shape),
-        q.new_empty(0 if alpha is None else per_token, dtype=exact),
-        q.new_empty(q.shape, dtype=storage_dtype(q)),
-        q.new_empty(per_token, dtype=exact),
-        q.new_empty(per_token, dtype=exact),
-        q.new_empty(per_token, dtype=exact),
+        k.new_empty(0 if q is None else q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        *(k.new_empty(0 if t is None else (B, T, H), dtype=exact) for t in (g, gk, alpha, beta)),
+        k.new_empty(N, H, K, K, dtype=exact),
+        k.new_empty(N, H, K, V, dtype=exact),
     )
 
 
-def _chunk_output_bwd(
-    do: Tensor,
-    q: Tensor,
+def _chunk_bwd(
     k: Tensor,
     v: Tensor,
     g: Tensor | None,
     gk: Tensor | None,
-    alpha: Tensor | None,
     beta: Tensor | None,
-    h_chunks: Tensor,
-    u_chunks: Tensor,
-    state_scales: Tensor,
-    x: Tensor,
-    x_scale: Tensor,
-    phi: Tensor,
+    h0: Tensor | None,
+    u0: Tensor | None,
+    do: Tensor | None,
+    q: Tensor | None,
+    alpha: Tensor | None,
+    x: Tensor | None,
+    x_scale: Tensor | None,
+    phi: Tensor | None,
+    dh_out: Tensor | None,
+    du_out: Tensor | None,
+    h_starts: Tensor | None,
+    u_starts: Tensor | None,
+    start_scales: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     ridge_ratio: float,
     num_iter: int,
-    chunk_size: int,
-) -> Tensors6:
-    """The adjoint solve y_t = (H_t + λ_t I)^{-1} dx_t: the forward's solve again, on the cotangent.
-
-    Args:
-        do [B,T,H,V]: cotangent of o; the rest as in ``chunk_output``, x, x_scale and phi its results.
-
-    Returns:
-        dq [B,T,H,K] in q's dtype, dalpha [B,T,H] (empty without alpha); for the next two ops y [B,T,H,K] stored, normalised
-        so that y_t is ``y * y_scale``; y_scale [B,T,H]; eta [B,T,H]: η_t = a (x_t·y_t)/φ_t; mdm [B,T,H]: m_t·dm_t.
-    """
-    args = (
-        *(do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, state_scales, x, x_scale, phi, cu_seqlens),
-        *(scale, ridge_ratio, num_iter, chunk_size),
-    )
-    if do.device.type == "cpu":
-        return chunk_output_bwd_cpu(*args)
-    out = _chunk_output_bwd_outputs(*args)
-    launch_chunk_output_bwd(*args, out)
-    return out
-
-
-chunk_output_bwd, chunk_output_bwd_cpu = _register(
-    "chunk_output_bwd", _chunk_output_bwd, _chunk_output_bwd_outputs, reference.chunk_output_bwd, launch_chunk_output_bwd
-)
-
-
-# --- chunk_state_bwd -------------------------------------------------------------------------------------------------------
-
-
-def _chunk_state_bwd_outputs(*args):  # type: ignore[no-untyped-def]
-    k, v, g, gk, beta = args[:5]
-    cu_seqlens, _, num_heads, chunk_size = args[-4:]
-    return _chunk_state_outputs(k, v, g, gk, beta, None, None, cu_seqlens, num_heads, chunk_size)
-
-
-def _chunk_state_bwd(
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    gk: Tensor | None,
-    beta: Tensor | None,
-    h_chunks: Tensor,
-    state_scales: Tensor,
-    do: Tensor | None,
-    q: Tensor | None,
-    alpha: Tensor | None,
-    x: Tensor | None,
-    x_scale: Tensor | None,
-    y: Tensor | None,
-    y_scale: Tensor | None,
-    eta: Tensor | None,
-    dh_out: Tensor | None,
-    du_out: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
     num_heads: int,
     chunk_size: int,
-) -> Tensors5:
-    """Cotangents of the states, backwards in time.
+) -> Tensors9:
+    """Gradients of ``chunk_state`` and ``chunk_output`` together, piece by piece (:mod:`.pieces`), last to first.
+
+    Of each piece the states are computed again, then the adjoint solve y_t = (H_t + λ_t I)^{-1} dx_t by the forward's polynomial,
+    the cotangents of the states backwards in time, and the gradients of what made the states.
 
     Args:
-        k … chunk_size as given to ``chunk_state``, h_chunks and state_scales its results.
-        do, q, alpha, x, x_scale, y, y_scale, eta: the cotangent of o and what the two solves left; all None where only the final
-        states have a cotangent.
+        k … u0, cu_seqlens, num_heads, chunk_size as given to ``chunk_state``.
+        do [B,T,H,V]: cotangent of o; q, alpha, scale, ridge_ratio, num_iter as given to ``chunk_output``, x, x_scale, phi its
+        results. do, q, alpha, x, x_scale and phi are all None where only the final states have a cotangent.
         dh_out [N,H,K,K], du_out [N,H,K,V]: cotangents of the final states, None: zero.
+        h_starts [B,P−1,H,K,K], u_starts [B,P−1,H,K,V], start_scales [B,P−1,H,2]: chunk states where pieces of a sequence begin, all
+        but its first (:func:`.pieces.piece_starts`); None: sequences are not cut.
 
     Returns:
-        dh_chunks [S,H,K,K], du_chunks [S,H,K,V], dstate_scales [S,H,2]: cotangent of the state *after* each chunk, from all
-        that follows it, stored as in ``chunk_state``.
-        dh0 [N,H,K,K] (its symmetric part, which is what is defined), du0 [N,H,K,V]: cotangents of the initial states.
+        dq [B,T,H,K], dk [B,T,Hk,K], dv [B,T,Hk,V] in k's dtype, dk and dv summed over the heads that share a key; dg, dgk, dalpha,
+        dbeta [B,T,H], dq and these empty where the input is absent; dh0 [N,H,K,K] (its symmetric part, which is what is defined),
+        du0 [N,H,K,V].
     """
     args = (
-        *(k, v, g, gk, beta, h_chunks, state_scales, do, q, alpha, x, x_scale, y, y_scale, eta),
-        *(dh_out, du_out, cu_seqlens, scale, num_heads, chunk_size),
+        *(k, v, g, gk, beta, h0, u0, do, q, alpha, x, x_scale, phi, dh_out, du_out, h_starts, u_starts, start_scales, cu_seqlens),
+        *(scale, ridge_ratio, num_iter, num_heads, chunk_size),
     )
     if k.device.type == "cpu":
-        return chunk_state_bwd_cpu(*args)
-    out = _chunk_state_bwd_outputs(*args)
-    launch_chunk_state_bwd(*args, out)
+        return chunk_bwd_cpu(*args)
+    out = _chunk_bwd_outputs(*args)
+    launch_chunk_bwd(*args, out)
     return out
 
 
-chunk_state_bwd, chunk_state_bwd_cpu = _register(
-    "chunk_state_bwd", _chunk_state_bwd, _chunk_state_bwd_outputs, reference.chunk_state_bwd, launch_chunk_state_bwd
-)
-
-
-# --- chunk_grads -----------------------------------------------------------------------------------------------------------
-
-
-def _chunk_grads_outputs(*args):  # type: ignore[no-untyped-def]
-    k, v, g, gk, beta = args[:5]
-    num_heads = args[-2]
-    per_token = (*k.shape[:2], num_heads)
-    return (
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        *(k.new_empty(0 if t is None else per_token, dtype=compute_dtype(k)) for t in (g, gk, beta)),
-    )
-
-
-def _chunk_grads(
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    gk: Tensor | None,
-    beta: Tensor | None,
-    h_chunks: Tensor,
-    u_chunks: Tensor,
-    state_scales: Tensor,
-    dh_chunks: Tensor,
-    du_chunks: Tensor,
-    dstate_scales: Tensor,
-    do: Tensor | None,
-    q: Tensor | None,
-    alpha: Tensor | None,
-    x: Tensor | None,
-    x_scale: Tensor | None,
-    y: Tensor | None,
-    y_scale: Tensor | None,
-    eta: Tensor | None,
-    mdm: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    num_heads: int,
-    chunk_size: int,
-) -> Tensors5:
-    """Gradients of what made the states, all chunks at once.
-
-    Args: as in ``chunk_state_bwd``, with its results dh_chunks, du_chunks, dstate_scales.
-
-    Returns:
-        dk [B,T,Hk,K], dv [B,T,Hk,V] in k's dtype, summed over the heads that share a key; dg, dgk, dbeta [B,T,H], each empty
-        where the input is absent.
-    """
-    args = (
-        *(k, v, g, gk, beta, h_chunks, u_chunks, state_scales, dh_chunks, du_chunks, dstate_scales),
-        *(do, q, alpha, x, x_scale, y, y_scale, eta, mdm, cu_seqlens, scale, num_heads, chunk_size),
-    )
-    if k.device.type == "cpu":
-        return chunk_grads_cpu(*args)
-    out = _chunk_grads_outputs(*args)
-    launch_chunk_grads(*args, out)
-    return out
-
-
-chunk_grads, chunk_grads_cpu = _register(
-    "chunk_grads", _chunk_grads, _chunk_grads_outputs, reference.chunk_grads, launch_chunk_grads
-)
+chunk_bwd, chunk_bwd_cpu = _register("chunk_bwd", _chunk_bwd, _chunk_bwd_outputs, reference.chunk_bwd, launch_chunk_bwd)
 
 
 # --- step and step_ --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch import Tensor
 from .polynomial import chebyshev_coefficients
 
 __all__ = [
+    "chunk_bwd",
     "chunk_grads",
     "chunk_output",
     "chunk_output_bwd",
@@ -453,7 +454,7 @@ def chunk_output_bwd(
     num_iter: int,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The adjoint solve: (dq, dalpha, y, y_scale, eta, mdm); see ``ops.chunk_output_bwd``."""
+    """The adjoint solve: (dq, dalpha, y, y_scale, eta, mdm); as ``kernels.output`` has them."""
     B, T, H, _ = q.shape
     c = _chunks(k, v, g, gk, beta, cu_seqlens, H, chunk_size)
     dtype = c.k.dtype
@@ -657,6 +658,54 @@ def chunk_grads(
         return t.unflatten(2, (Hk, groups)).sum(3).to(like.dtype)
 
     return reduce(dk, k), reduce(dv, v), dg, dgk, dbeta
+
+
+def chunk_bwd(
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    gk: Tensor | None,
+    beta: Tensor | None,
+    h0: Tensor | None,
+    u0: Tensor | None,
+    do: Tensor | None,
+    q: Tensor | None,
+    alpha: Tensor | None,
+    x: Tensor | None,
+    x_scale: Tensor | None,
+    phi: Tensor | None,
+    dh_out: Tensor | None,
+    du_out: Tensor | None,
+    h_starts: Tensor | None,
+    u_starts: Tensor | None,
+    start_scales: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    ridge_ratio: float,
+    num_iter: int,
+    num_heads: int,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    """All at once, not in pieces: (dq, dk, dv, dg, dgk, dalpha, dbeta, dh0, du0); see ``ops.chunk_bwd``."""
+    h_chunks, u_chunks, scales, _, _ = chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, num_heads, chunk_size)
+    dq = k.new_empty(0)
+    dalpha = dq.to(compute_dtype(k))
+    y = y_scale = eta = mdm = None
+    if do is not None:
+        assert q is not None and x is not None and x_scale is not None and phi is not None
+        dq, dalpha, y, y_scale, eta, mdm = chunk_output_bwd(
+            *(do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, scales, x, x_scale, phi),
+            *(cu_seqlens, scale, ridge_ratio, num_iter, chunk_size),
+        )
+    dh_chunks, du_chunks, dscales, dh0, du0 = chunk_state_bwd(
+        *(k, v, g, gk, beta, h_chunks, scales, do, q, alpha, x, x_scale, y, y_scale, eta),
+        *(dh_out, du_out, cu_seqlens, scale, num_heads, chunk_size),
+    )
+    cotangents = (dh_chunks, du_chunks, dscales, do, q, alpha, x, x_scale, y, y_scale, eta, mdm)
+    dk, dv, dg, dgk, dbeta = chunk_grads(
+        k, v, g, gk, beta, h_chunks, u_chunks, scales, *cotangents, cu_seqlens, scale, num_heads, chunk_size
+    )
+    return dq, dk, dv, dg, dgk, dalpha, dbeta, dh0, du0
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

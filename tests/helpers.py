@@ -127,12 +127,9 @@ def run_reference(
     cu, sizes = packing(case), (case.H, chunk)
     *states, h, u = reference.chunk_state(k, v, g, gk, beta, h0, u0, cu, *sizes)
     read = (*states, cu, SCALE, RIDGE_RATIO, num_iter, chunk)
-    o, x, x_scale, phi = reference.chunk_output(q, k, v, g, gk, alpha, beta, h0, u0, *read)
-    dq, dalpha, *y = reference.chunk_output_bwd(do, q, k, v, g, gk, alpha, beta, *states, x, x_scale, phi, *read[3:])
-    given = (do, q, alpha, x, x_scale, *y)
-    *dstates, dh0, du0 = reference.chunk_state_bwd(k, v, g, gk, beta, states[0], states[2], *given[:-1], dh, du, cu, SCALE, *sizes)
-    dk, dv, dg, dgk, dbeta = reference.chunk_grads(k, v, g, gk, beta, *states, *dstates, *given, cu, SCALE, *sizes)
-    gradients = dict(zip(INPUTS, (dq, dk, dv, dg, dgk, dalpha, dbeta, dh0, du0), strict=True))
+    o, *solved = reference.chunk_output(q, k, v, g, gk, alpha, beta, h0, u0, *read)
+    given = (do, q, alpha, *solved, dh, du, None, None, None, *read[3:-1], *sizes)
+    gradients = dict(zip(INPUTS, reference.chunk_bwd(k, v, g, gk, beta, h0, u0, *given), strict=True))
     return {"o": o, "h": h, "u": u, **{f"d{n}": gradients[n] for n in INPUTS if made[n] is not None}}
 
 

@@ -278,9 +278,7 @@ def test_only_eager_calls_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("chunk_state", FORWARD[:2]),
         ("chunk_output", FORWARD[2:]),
-        ("chunk_output_bwd", BACKWARD[:2]),
-        ("chunk_state_bwd", BACKWARD[2:4]),
-        ("chunk_grads", BACKWARD[4:]),
+        ("chunk_bwd", [*FORWARD[:2], *BACKWARD]),
         ("step", ["step_kernel"]),
     ],
 )

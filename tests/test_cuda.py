@@ -10,7 +10,7 @@ from helpers import DEVICE, relative_error
 from torch import Tensor, nn
 
 from gka_compile import chunk_gka, step_gka
-from gka_compile.custom_ops import plans, recurrent_gka
+from gka_compile.custom_ops import config, pieces, plans, recurrent_gka
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 Dim = torch.export.Dim
@@ -76,6 +76,18 @@ def test_compiled_training_is_eager() -> None:
         given = inputs(B, T)
         for x, y in zip(with_gradients(compiled, given), with_gradients(module, given), strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("most", [24, 8, 5], ids=["sequences", "sequence", "parts"])
+def test_compiled_training_in_pieces_is_eager(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs(4, 500)  # 8 chunks a sequence
+    monkeypatch.setattr(config, "PIECE_BYTES", most * 4 * 64 * 128 * 2)
+    assert pieces.piece_sizes(*given[1:3], None, 4, 64) == (max(1, most // 8), min(most, 8))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)  # they would not see the number changed
+    torch._dynamo.reset()
+    compiled = torch.compile(Prefill(), fullgraph=True, dynamic=False)
+    for x, y in zip(with_gradients(compiled, given), with_gradients(Prefill(), given), strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize(("module", "length", "nodes"), [(Prefill(), 100, 2), (Step(), None, 1)], ids=["prefill", "step"])

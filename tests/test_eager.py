@@ -25,7 +25,7 @@ from gka_compile.custom_ops import ops, plans
 GATES = ("g", "gk", "alpha", "beta")
 FORWARD = ["gka.chunk_state.default", "gka.chunk_output.default"]
 # autograd runs the formula of the op that was called last first; that of chunk_state has nothing to do, its states are not read
-BACKWARD = ["gka.chunk_state.default", *(f"gka.{n}.default" for n in ("chunk_output_bwd", "chunk_state_bwd", "chunk_grads"))]
+BACKWARD = ["gka.chunk_bwd.default"]
 
 
 @pytest.fixture
@@ -98,6 +98,8 @@ def decode_inplace(made: dict[str, Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("call", [train, train_step, decode_inplace])
 def test_the_same_without_the_dispatcher(call: Callable[..., list[Tensor]], dispatched: list[str]) -> None:
     made = inputs()
+    call(made)  # on a GPU the kernels are compiled first, by a call through the dispatcher
+    dispatched.clear()
     found = call(made)
     assert dispatched == []
     with Recorder() as recorder:
@@ -176,7 +178,7 @@ def test_what_batches_or_functionalizes_a_call_gets_the_op() -> None:
     made = inputs()
     x = made["q"].requires_grad_()
     loss = chunk_gka(x, made["k"], made["v"])[0].square().sum((1, 2, 3))
-    rows = torch.eye(len(x), dtype=x.dtype)
+    rows = torch.eye(len(x), dtype=x.dtype, device=x.device)
     (together,) = torch.autograd.grad(loss, x, rows, is_grads_batched=True, retain_graph=True)
     one_by_one = torch.stack([torch.autograd.grad(loss, x, row, retain_graph=True)[0] for row in rows])
     assert torch.allclose(together, one_by_one, rtol=1e-12, atol=0)

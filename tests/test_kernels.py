@@ -35,20 +35,13 @@ def launches(
     args = (q, q, v, gate, gate, gate, gate, h, u, *state[:3], *read)
     o, x, x_scale, phi = ops._chunk_output_outputs(*args)
     yield "chunk_output", kernels.launch_chunk_output, (*args, (o, x, x_scale, phi))
-    args = (o, q, q, v, gate, gate, gate, gate, *state[:3], x, x_scale, phi, *read)
-    adjoint = ops._chunk_output_bwd_outputs(*args)
-    yield "chunk_output_bwd", kernels.launch_chunk_output_bwd, (*args, adjoint)
-    given = (o, q, gate, x, x_scale, *adjoint[2:])
-    args = (q, v, gate, gate, gate, state[0], state[2], *given[:-1], h, u, None, 0.1, H, chunk)
-    dstate = ops._chunk_state_bwd_outputs(*args)
-    yield "chunk_state_bwd", kernels.launch_chunk_state_bwd, (*args, dstate)
-    args = (q, v, gate, gate, gate, *state[:3], *dstate[:3], *given, None, 0.1, H, chunk)
-    yield "chunk_grads", kernels.launch_chunk_grads, (*args, ops._chunk_grads_outputs(*args))
+    args = (q, v, gate, gate, gate, h, u, o, q, gate, x, x_scale, phi, h, u, None, None, None, *read[:-1], H, chunk)
+    yield "chunk_bwd", kernels.launch_chunk_bwd, (*args, ops._chunk_bwd_outputs(*args))
     one = (q[:, 0], q[:, 0], v[:, 0], h, u, *(gate[:, 0],) * 4, 0.1, 0.02, 30)
     yield "step", kernels.launch_step, (*one, ops._step_outputs(*one))
 
 
-OPS = ("chunk_state", "chunk_output", "chunk_output_bwd", "chunk_state_bwd", "chunk_grads", "step")
+OPS = ("chunk_state", "chunk_output", "chunk_bwd", "step")
 # the widest heads on every chip in both precisions' worst places: 16-bit everywhere, float32 where shared memory is smallest
 TARGETS = [(capability, torch.bfloat16, 128) for capability in SHARED_MEMORY]
 TARGETS += [(86, torch.float32, 128), (86, torch.float16, 64)]

@@ -287,7 +287,12 @@ def launch_chunk_state_bwd(
     C: int,
     out: Tensors,
 ) -> None:
-    """Fill ``out`` as ``ops.chunk_state_bwd`` describes."""
+    """Cotangents of the states, backwards in time.
+
+    The inputs are as in ``ops.chunk_bwd``, and what ``launch_chunk_output_bwd`` left: y, y_scale, eta; do … eta are all None where
+    only the final states have a cotangent. Fill ``out``: dh_chunks [S,H,K,K], du_chunks [S,H,K,V], dstate_scales [S,H,2]: cotangent
+    of the state *after* each chunk, from all that follows it, stored as in ``ops.chunk_state``; dh0 [N,H,K,K], du0 [N,H,K,V].
+    """
     k, g, gk, beta, do, q, alpha, dh_out, du_out, cu = compact(k, g, gk, beta, do, q, alpha, dh_out, du_out, cu_seqlens)
     B, T, _, K = k.shape
     V, N = v.shape[-1], B if cu is None else cu.shape[0] - 1
@@ -586,7 +591,11 @@ def launch_chunk_grads(
     C: int,
     out: Tensors,
 ) -> None:
-    """Fill ``out`` as ``ops.chunk_grads`` describes."""
+    """Gradients of what made the states, all chunks at once.
+
+    The inputs are those and the results of ``launch_chunk_state_bwd``. Fill ``out``: dk [B,T,Hk,K], dv [B,T,Hk,V] in k's dtype,
+    summed over the heads that share a key; dg, dgk, dbeta [B,T,H], not written where the input is absent.
+    """
     k, v, g, gk, beta, do, q, alpha, cu = compact(k, v, g, gk, beta, do, q, alpha, cu_seqlens)
     h_chunks, u_chunks, state_scales = compact(h_chunks, u_chunks, state_scales)
     dh_chunks, du_chunks, dstate_scales = compact(dh_chunks, du_chunks, dstate_scales)

@@ -365,7 +365,12 @@ def launch_chunk_output_bwd(
     C: int,
     out: Tensors,
 ) -> None:
-    """Fill ``out`` as ``ops.chunk_output_bwd`` describes."""
+    """The adjoint solve y_t = (H_t + λ_t I)^{-1} dx_t: the forward's solve again, on the cotangent.
+
+    Fill ``out``: dq [B,T,H,K] in q's dtype, dalpha [B,T,H] (not written without alpha); for what follows y [B,T,H,K] stored,
+    normalised so that y_t is ``y * y_scale``; y_scale [B,T,H]; eta [B,T,H]: η_t = a (x_t·y_t)/φ_t; mdm [B,T,H]: m_t·dm_t. The
+    inputs are as in ``ops.chunk_output`` and ``ops.chunk_bwd``.
+    """
     do, q, k, v, g, gk, alpha, beta, cu = compact(do, q, k, v, g, gk, alpha, beta, cu_seqlens)
     h_chunks, u_chunks, state_scales, x, x_scale, phi = compact(h_chunks, u_chunks, state_scales, x, x_scale, phi)
     (_, T, H, K), V = q.shape, v.shape[-1]

@@ -1,0 +1,35 @@
+"""Where the backward is cut, so that the states and cotangents of one piece at a time are in memory rather than of all."""
+
+from torch import Tensor
+
+from . import config
+from .reference import storage_dtype
+
+__all__ = ["piece_sizes", "piece_starts"]
+
+Starts = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def piece_sizes(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, num_heads: int, chunk_size: int) -> tuple[int, int] | None:
+    """(sequences, chunks) of a piece with about ``config.PIECE_BYTES`` of chunk states; None: all is one piece.
+
+    A piece is some whole sequences, or part of one; packed sequences are one piece, and so is all while B or T is not a number.
+    """
+    (B, T, _, K), V = k.shape, v.shape[-1]
+    if cu_seqlens is not None or not (isinstance(B, int) and isinstance(T, int)):
+        return None
+    chunks = (T + chunk_size - 1) // chunk_size
+    most = max(1, config.PIECE_BYTES // (num_heads * K * (K + V) * storage_dtype(k).itemsize))
+    if B * chunks <= most:
+        return None
+    return (most // chunks, chunks) if chunks <= most else (1, most)
+
+
+def piece_starts(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, num_heads: int, chunk_size: int, states: list[Tensor]) -> Starts:
+    """Chunk states (h_chunks, u_chunks, state_scales) where pieces of a sequence begin, but its first [B, pieces − 1, H, …]."""
+    cut = piece_sizes(k, v, cu_seqlens, num_heads, chunk_size)
+    all_chunks = (k.shape[1] + chunk_size - 1) // chunk_size
+    if cut is None or cut[1] == all_chunks:
+        return None, None, None
+    h, u, scales = (x.unflatten(0, (k.shape[0], all_chunks))[:, cut[1] :: cut[1]].contiguous() for x in states)
+    return h, u, scales
