@@ -1,5 +1,6 @@
 """Where the backward is cut, so that the states and cotangents of one piece at a time are in memory rather than of all."""
 
+import torch
 from torch import Tensor
 
 from . import config
@@ -31,5 +32,6 @@ def piece_starts(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, num_heads: int
     all_chunks = (k.shape[1] + chunk_size - 1) // chunk_size
     if cut is None or cut[1] == all_chunks:
         return None, None, None
-    h, u, scales = (x.unflatten(0, (k.shape[0], all_chunks))[:, cut[1] :: cut[1]].contiguous() for x in states)
+    some = [x.unflatten(0, (k.shape[0], all_chunks))[:, cut[1] :: cut[1]] for x in states]
+    h, u, scales = (x.clone(memory_format=torch.contiguous_format) for x in some)  # a view would keep all of the states
     return h, u, scales

@@ -84,6 +84,19 @@ def test_gradients_in_pieces(
             assert torch.equal(x, found[name]), name
 
 
+@pytest.mark.parametrize("B", [1, 3])
+def test_starts_of_pieces_do_not_keep_all_states(B: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    k, H, chunks = torch.zeros(B, 40, 2, 16), 2, 3
+    sizes = ((16, 16), (16, 16), (2, 1))
+    states = [torch.arange(B * chunks).view(-1, 1, 1, 1).repeat(1, H, *size) for size in sizes]
+    monkeypatch.setattr(config, "PIECE_BYTES", 2 * 4 * H * 16 * 32)  # two chunks
+    for x in pieces.piece_starts(k, k, None, H, 16, states):
+        assert x is not None
+        assert x.shape[:2] == (B, 1)
+        assert x[:, 0, 0, 0, 0].tolist() == [chunks * b + 2 for b in range(B)]
+        assert x.untyped_storage().nbytes() == x.nbytes
+
+
 def step_inputs(case: Case, dtype: torch.dtype, device: str = DEVICE) -> tuple:
     made = make_inputs(case, dtype, device)
     q, k, v, g, gk, alpha, beta, h, u = (x if x is None or n in ("h0", "u0") else x[:, 0].contiguous() for n, x in made.items())

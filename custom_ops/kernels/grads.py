@@ -1,4 +1,4 @@
-"""chunk_state_bwd and chunk_grads: cotangents of the states, backwards in time, and of all that made them.
+"""Cotangents of the states, backwards in time, and of all that made them: parts of chunk_bwd.
 
 Token t pulls G_t = −½(y_t x_tᵀ + x_t y_tᵀ) − η_t H_t out of H_t and scale · m_t do_tᵀ out of U_t.  The kernels read a
 token's x, y, m, q and do as unit rows and a float32 factor.

@@ -1,4 +1,4 @@
-"""chunk_output and its adjoint: all chunks at once, a solve and a read-out each.
+"""chunk_output and its adjoint, a part of chunk_bwd: all chunks at once, a solve and a read-out each.
 
 The solve has a kernel of its own, because it wants every register; what passes between the two is an output anyway.  The adjoint
 runs them backwards: dm = U do, then the same solve on α dm.
