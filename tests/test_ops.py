@@ -62,9 +62,14 @@ def test_outputs_and_gradients_at_full_width(case: Case, dtype: torch.dtype) -> 
 
 
 @pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="the reference does all at once")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("most", "cut"), [(6, (2, 3)), (2, (1, 2))], ids=["sequences", "parts"])
-@pytest.mark.parametrize("case", [Case("all", B=3, T=40), Case("plain", B=3, T=40, Hk=1, given=(), state=False)], ids=str)
+@pytest.mark.parametrize(
+    ("most", "cut", "dtype"),
+    [(6, (2, 3), torch.float32), (2, (1, 2), torch.float32), (2, (1, 2), torch.bfloat16)],
+    ids=["sequences-float32", "parts-float32", "parts-bfloat16"],
+)
+@pytest.mark.parametrize(
+    "case", [Case("all", B=3, T=40, H=1, Hk=1), Case("plain", B=3, T=40, Hk=1, given=(), state=False)], ids=str
+)
 def test_gradients_in_pieces(
     case: Case, most: int, cut: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
