@@ -23,20 +23,24 @@ def _as_input(grad: Tensor, like: Tensor | None) -> Tensor | None:
     return None if like is None else grad.to(like.dtype)
 
 
+def _starts(k: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    return piece_starts(k, *args) if ops.runs_kernels(k) else (None, None, None)
+
+
 def _chunk_state_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.num_heads, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *_starts(tensors[0], tensors[1], tensors[-1], *inputs[-2:], output[:3]))
     ctx.mark_non_differentiable(*output[:3])
     ctx.set_materialize_grads(False)
 
 
 def _chunk_state_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    k, v, g, gk, beta, h0, u0, cu_seqlens = ctx.saved_tensors
+    k, v, g, gk, beta, h0, u0, cu_seqlens, *starts = ctx.saved_tensors
     dh_out, du_out = cotangents[3:]
     if dh_out is None and du_out is None:
         return (None,) * 10
     _, dk, dv, dg, dgk, _, dbeta, dh0, du0 = ops.chunk_bwd(
-        *(k, v, g, gk, beta, h0, u0, *(None,) * 6, dh_out, du_out, *(None,) * 3, cu_seqlens),
+        *(k, v, g, gk, beta, h0, u0, *(None,) * 6, dh_out, du_out, *starts, cu_seqlens),
         *(1.0, 1.0, 1, ctx.num_heads, ctx.chunk_size),  # there is nothing to solve
     )
     return (
@@ -51,8 +55,7 @@ ops.chunk_state.register_autograd(_chunk_state_backward, setup_context=_chunk_st
 def _chunk_output_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, g, gk, alpha, beta, h0, u0, *states, cu_seqlens, _, _, _, chunk_size = inputs
     _, *solved = output
-    cut = ops.runs_kernels(k)
-    starts = piece_starts(k, v, cu_seqlens, q.shape[2], chunk_size, states) if cut else (None, None, None)
+    starts = _starts(k, v, cu_seqlens, q.shape[2], chunk_size, states)
     ctx.save_for_backward(k, v, g, gk, beta, h0, u0, q, alpha, *solved, *starts, cu_seqlens)
     ctx.parameters = (*inputs[-4:-1], q.shape[2], chunk_size)
     ctx.mark_non_differentiable(*solved)
@@ -95,7 +98,7 @@ def _step_backward(ctx: Any, do: Tensor | None, dh: Tensor | None, du: Tensor | 
     assert q is not None and k is not None and v is not None
     parameters, sizes = (ctx.scale, ctx.ridge_ratio, ctx.num_iter), (q.shape[2], STEP_CHUNK)
     read: tuple[Tensor | None, ...] = (None,) * 6
-    if do is not None:
+    if do is not None:  # chunk_bwd computes the states again: for one token that is little
         *states, _, _ = ops.chunk_state(k, v, g, gk, beta, h, u, None, *sizes)
         _, *solved = ops.chunk_output(q, k, v, g, gk, alpha, beta, h, u, *states, None, *parameters, STEP_CHUNK)
         read = (do.unsqueeze(1), q, alpha, *solved)

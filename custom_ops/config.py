@@ -9,6 +9,7 @@ __all__ = [
     "PIECE_BYTES",
     "RIDGE_RATIO",
     "STATE_COLUMNS",
+    "TRACED_PIECES",
     "chunk_size",
     "gpu_chunk",
     "launch_settings",
@@ -18,6 +19,7 @@ RIDGE_RATIO = 0.02  # a in λ = a‖H‖_F
 NUM_ITER = 30  # Chebyshev iterations; the error shrinks by 0.754 in each at a = 0.02
 
 PIECE_BYTES = 128 * 2**20  # of chunk states that the backward holds at a time, about; as much again of their cotangents
+TRACED_PIECES = 4  # at most in compiled code, which holds the kernels of each; tracing them takes seconds
 
 CPU_CHUNK = 64
 

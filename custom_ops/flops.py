@@ -41,10 +41,11 @@ def _chunk_output(q: Any, k: Any, v: Any, *args: Any, **_: Any) -> int:
 def _chunk_bwd(k: Any, v: Any, *args: Any, **_: Any) -> int:
     do, (num_iter, H, C) = args[5], args[-3:]
     K, V, tokens = k[-1], v[-1], _tokens(k)
+    if do is None:  # cotangents of the final states alone
+        return 2 * tokens * H * (K * (K + V) + K * K + 2 * K * V)
     states = tokens * H * (K * (K + V) + K * (2 * K + V))
     gradients = tokens * H * (2 * K * K + 2 * K * V + C * (6 * K + 2 * (K + V) + C))
-    solve = 0 if do is None else _solve(tokens, H, K, C, num_iter) + _read(tokens, H, K, V, C)
-    return solve + 2 * (states + gradients)
+    return _solve(tokens, H, K, C, num_iter) + _read(tokens, H, K, V, C) + 2 * (states + gradients)
 
 
 @register_flop_formula([gka.step, gka.step_cpu, gka.step_, gka.step__cpu])

@@ -1,6 +1,6 @@
 """The ops of the ``gka`` namespace, registered when this module is imported.
 
-Each op is one or two kernel launches, ``chunk_bwd`` eight for each of its pieces:
+Each op is one or two kernel launches, ``chunk_bwd`` up to eight for each of its pieces:
 
     chunk_state       (k, v, decays, initial state)      → states before every chunk, final state
     chunk_output      (q, k, v, decays, alpha, states)   → o, and the solve's by-products that the backward reuses
@@ -302,8 +302,8 @@ def _chunk_bwd(
         do [B,T,H,V]: cotangent of o; q, alpha, scale, ridge_ratio, num_iter as given to ``chunk_output``, x, x_scale, phi its
         results. do, q, alpha, x, x_scale and phi are all None where only the final states have a cotangent.
         dh_out [N,H,K,K], du_out [N,H,K,V]: cotangents of the final states, None: zero.
-        h_starts [B,P−1,H,K,K], u_starts [B,P−1,H,K,V], start_scales [B,P−1,H,2]: chunk states where pieces of a sequence begin, all
-        but its first (:func:`.pieces.piece_starts`); None: sequences are not cut.
+        h_starts [B,P−1,H,K,K], u_starts [B,P−1,H,K,V], start_scales [B,P−1,H,2]: chunk states where the P parts of a sequence
+        begin, all but its first (:func:`.pieces.piece_starts`); None: sequences are not cut.
 
     Returns:
         dq [B,T,H,K], dk [B,T,Hk,K], dv [B,T,Hk,V] in k's dtype, dk and dv summed over the heads that share a key; dg, dgk, dalpha,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .custom_ops import ahead, config, ops, plans, polynomial
+from .custom_ops import ahead, config, ops, pieces, plans, polynomial
 from .validation import check_chunk, check_ridge_ratio, check_step, check_tolerance
 
 __all__ = ["GKAState", "chunk_gka", "num_iter_for", "step_gka"]
@@ -114,8 +114,9 @@ def chunk_gka(
     scale = K**-0.5 if scale is None else float(scale)
     tensors = (q, k, v, g, gk, alpha, beta, h0, u0, cu_seqlens)
     constants = (H, C, scale, float(ridge_ratio), num_iter)
-    sizes = (T,) if cu_seqlens is None else (T, cu_seqlens.shape[0] - 1)
-    ahead.compile_ahead(_chunk, tensors, constants, (k.shape[2], K, V), sizes)
+    if not torch.compiler.is_compiling():
+        sizes = (T, *pieces.piece_lengths(k, v, H, C)) if cu_seqlens is None else (T, cu_seqlens.shape[0] - 1)
+        ahead.compile_ahead(_chunk, tensors, constants, (k.shape[2], K, V), sizes)
     o, h_out, u_out = _chunk(*tensors, *constants)
     return o, GKAState(h_out, u_out) if output_final_state else None
 

@@ -24,7 +24,7 @@ from triton.runtime.cache import get_cache_key  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from gka_compile import chunk_gka, functional  # noqa: E402
-from gka_compile.custom_ops import ahead, kernels, ops  # noqa: E402
+from gka_compile.custom_ops import ahead, config, kernels, ops  # noqa: E402
 
 FORWARD = ["chunk_factors_kernel", "chunk_state_kernel", "chunk_solve_kernel", "chunk_read_kernel"]
 BACKWARD = [
@@ -152,6 +152,23 @@ def test_a_call_launches_what_was_compiled_before_it(gpu: GPU, case: Case, gradi
     assert sorted(names(before)) == sorted(FORWARD + BACKWARD * gradients)
     assert gpu.compiled == before
     assert set(gpu.launched) == set(before)
+
+
+def test_parts_of_a_sequence_are_compiled_ahead_of_the_first_call_that_has_them(gpu: GPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their lengths, and that all have a state before and a cotangent after them, ask for kernels of their own."""
+    monkeypatch.setattr(ops, "runs_kernels", lambda x: True)
+    monkeypatch.setattr(config, "PIECE_BYTES", 2 * 2 * 2 * 16 * 32)  # two chunks
+    run(Case("", T=37, state=False), torch.bfloat16, True)
+    assert sorted(names(gpu.compiled)) == sorted(FORWARD + BACKWARD)
+    gpu.compiled.clear()
+    gpu.launched.clear()
+    on_the_way: list[str] = []
+    gpu.on_compile = lambda name: on_the_way.append(name) if gpu.launched else None
+    run(Case("", B=1, T=301, state=False), torch.bfloat16, True)  # in the class of 37; 128, 128 and 45 tokens
+    assert sorted(names(gpu.compiled)) == sorted(
+        ["chunk_factors_kernel", *2 * ["chunk_state_kernel"], *BACKWARD, "chunk_state_bwd_kernel"]
+    )
+    assert not on_the_way
 
 
 def test_the_keys_on_disk_are_those_of_a_process_that_compiles_as_it_launches(gpu: GPU, monkeypatch: pytest.MonkeyPatch) -> None:

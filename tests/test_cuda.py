@@ -78,11 +78,13 @@ def test_compiled_training_is_eager() -> None:
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("most", [24, 8, 5], ids=["sequences", "sequence", "parts"])
-def test_compiled_training_in_pieces_is_eager(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = inputs(4, 500)  # 8 chunks a sequence
+@pytest.mark.parametrize(
+    ("B", "most", "cut"), [(4, 24, (3, 8)), (4, 8, (1, 8)), (2, 5, (1, 4))], ids=["sequences", "sequence", "parts"]
+)
+def test_compiled_training_in_pieces_is_eager(B: int, most: int, cut: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs(B, 500)  # 8 chunks a sequence
     monkeypatch.setattr(config, "PIECE_BYTES", most * 4 * 64 * 128 * 2)
-    assert pieces.piece_sizes(*given[1:3], None, 4, 64) == (max(1, most // 8), min(most, 8))
+    assert pieces.piece_sizes(*given[1:3], None, 4, 64) == cut
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)  # they would not see the number changed
     torch._dynamo.reset()
     compiled = torch.compile(Prefill(), fullgraph=True, dynamic=False)

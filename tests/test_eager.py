@@ -239,6 +239,7 @@ pretend = pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="test_cuda.p
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Addresses of every launch of a plan; the stand-in launches nothing."""
     made: list[tuple[int, ...]] = []
+    torch.overrides.get_testing_overrides()  # Dynamo's table, made once, which reads is_cuda as the property that it is
     monkeypatch.setattr(Tensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # what get_device() says of a CPU tensor
     monkeypatch.setattr(ops, "plan_step", lambda *_: lambda *addresses: made.append(addresses))

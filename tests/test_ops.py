@@ -5,6 +5,8 @@ Which of the three runs is a matter of the machine and of TRITON_INTERPRET; test
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from helpers import (
@@ -24,6 +26,7 @@ from helpers import (
     run_ops,
     run_reference,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -68,11 +71,12 @@ def test_outputs_and_gradients_at_full_width(case: Case, dtype: torch.dtype) -> 
     ids=["sequences-float32", "parts-float32", "parts-bfloat16"],
 )
 @pytest.mark.parametrize(
-    "case", [Case("all", B=3, T=40, H=1, Hk=1), Case("plain", B=3, T=40, Hk=1, given=(), state=False)], ids=str
+    "case", [Case("all", B=3, T=40, H=1, Hk=1, V=24), Case("plain", B=3, T=40, Hk=1, given=(), state=False)], ids=str
 )
 def test_gradients_in_pieces(
     case: Case, most: int, cut: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    backward = importlib.import_module("gka_compile.custom_ops.kernels.backward")
     made = make_inputs(case, dtype)
     k, v = made["k"], made["v"]
     assert k is not None
@@ -82,15 +86,49 @@ def test_gradients_in_pieces(
     stored = 2 if dtype == torch.bfloat16 else 4
     monkeypatch.setattr(config, "PIECE_BYTES", most * stored * case.H * case.K * (case.K + case.V))
     assert pieces.piece_sizes(k, v, None, case.H, 16) == cut
+    launched: list[tuple[int, int]] = []
+    launch = backward._launch_piece
+
+    def spy(rows: tuple, *args: object) -> None:
+        launched.append(tuple(rows[0].shape[:2]))
+        launch(rows, *args)
+
+    monkeypatch.setattr(backward, "_launch_piece", spy)
     found = run_ops(case, dtype, DEVICE)
+    # the gradient of o, and that of the final states
+    assert launched == 2 * ([(2, 40), (1, 40)] if cut[0] == 2 else 3 * [(1, 8), (1, 32)])
     check(found, oracle, budget(case, dtype, oracle))
     if cut[1] == 3:  # whole sequences: nothing is computed otherwise
         for name, x in whole.items():
             assert torch.equal(x, found[name]), name
     if dtype == torch.float32:
-        monkeypatch.setattr("gka_compile.custom_ops.kernels.backward.TENSORS", frozenset())  # as where it is traced
+        monkeypatch.setattr(backward, "TENSORS", frozenset())  # as where it is traced
         for name, x in run_ops(case, dtype, DEVICE).items():
             assert torch.equal(x, found[name]), name
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "cut", "traced"),
+    [
+        (2, 64, None, None),
+        (5, 64, (2, 4), (2, 4)),
+        (64, 64, (2, 4), (16, 4)),
+        (1, 640, (1, 8), (1, 10)),
+        (2, 640, (1, 8), (1, 20)),
+        (3, 640, (1, 8), (1, 40)),
+        (9, 640, (1, 8), (3, 40)),
+    ],
+)
+def test_pieces_are_few_where_they_are_traced(
+    B: int, T: int, cut: tuple[int, int], traced: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    H = 2
+    monkeypatch.setattr(config, "PIECE_BYTES", 8 * 4 * H * 16 * 32)  # eight chunks
+    k = torch.zeros(B, T, H, 16)
+    assert pieces.piece_sizes(k, k, None, H, 16) == cut
+    with FakeTensorMode() as fake:
+        fake_k = fake.from_tensor(k)
+        assert pieces.piece_sizes(fake_k, fake_k, None, H, 16) == traced
 
 
 @pytest.mark.parametrize("B", [1, 3])
@@ -164,7 +202,9 @@ def chain(dtype: torch.dtype, case: Case) -> list[tuple]:
     parameters = (None, SCALE, RIDGE_RATIO, NUM_ITER, chunk)
     o, x, x_scale, phi = call(ops.chunk_output, q, k, v, g, gk, alpha, beta, h0, u0, *states, *parameters)
     read = (torch.ones_like(o), q, alpha, x, x_scale, phi)
-    call(ops.chunk_bwd, k, v, g, gk, beta, h0, u0, *read, h0, u0, None, None, None, *parameters[:-1], case.H, chunk)
+    rest = (h0, u0, None, None, None, *parameters[:-1], case.H, chunk)
+    call(ops.chunk_bwd, k, v, g, gk, beta, h0, u0, *read, *rest)
+    call(ops.chunk_bwd, k, v, g, gk, beta, h0, u0, *(None,) * 6, *rest)
     one = step_inputs(case, dtype)
     call(ops.step, *one, SCALE, RIDGE_RATIO, NUM_ITER)
     calls.append((ops.step_, (*one, SCALE, RIDGE_RATIO, NUM_ITER)))
@@ -172,7 +212,7 @@ def chain(dtype: torch.dtype, case: Case) -> list[tuple]:
 
 
 @pytest.mark.parametrize("given", [(), ("g", "gk", "alpha", "beta")], ids=["bare", "all"])
-@pytest.mark.parametrize("index", range(5), ids=["state", "output", "bwd", "step", "step_"])
+@pytest.mark.parametrize("index", range(6), ids=["state", "output", "bwd", "bwd-of-states", "step", "step_"])
 def test_opcheck(index: int, given: tuple[str, ...]) -> None:
     op, args = chain(torch.float32, Case("opcheck", B=2, T=20, given=given))[index]
     if op in (ops.chunk_state, ops.chunk_output, ops.step):
@@ -203,7 +243,7 @@ def test_any_magnitude(magnitude: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="counting does not depend on the kernels")
 def test_flop_formulas_count_the_products_of_the_reference() -> None:
-    for op, args in chain(torch.float32, Case("flops", B=2, T=64, H=4, Hk=2, K=32, V=16))[:4]:
+    for op, args in chain(torch.float32, Case("flops", B=2, T=64, H=4, Hk=2, K=32, V=16))[:5]:
         arguments = tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in args)
         with FlopCounterMode(display=False) as counted:
             op(*args)

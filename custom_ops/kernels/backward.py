@@ -57,13 +57,16 @@ def launch_chunk_bwd(
     rows: Any = (k, v, g, gk, beta, do, q, alpha, x, x_scale, phi)
     constants = (cu_seqlens, scale, ridge_ratio, num_iter, H, C)
     cut = piece_sizes(k, v, cu_seqlens, H, C)
-    if cut is None:
+    if cut is None and h_starts is None:
         return _launch_piece(rows, (h0, u0), (dh_out, du_out), constants, gradients, (dh0, du0))
     B, T = k.shape[:2]
-    sequences, tokens = cut[0], T if h_starts is None else cut[1] * C
+    sequences, tokens = cut[0] if cut else 1, T
+    if h_starts is not None:  # they say how many parts there are: what made them may have been traced, and this not
+        parts = h_starts.shape[1] + 1
+        sequences, tokens = 1, ((T + C - 1) // C + parts - 1) // parts * C
     # what kernels write into views is lost in compiled code (torch 2.11), so there each piece gets tensors of its own
     traced = type(dh0) not in TENSORS
-    parts: list[list[Tensor]] = []  # of the gradients, in the order of the tokens
+    filled_parts: list[list[Tensor]] = []  # of the gradients, in the order of the tokens
     begins: list[list[Tensor]] = []  # of dh0 and du0
     for first in range(0, B, sequences):
         here = slice(first, min(first + sequences, B))
@@ -86,10 +89,10 @@ def launch_chunk_bwd(
             _launch_piece(inputs, start, after, constants, filled, end)
             backwards.append(filled)
             after = end
-        parts += reversed(backwards)
+        filled_parts += reversed(backwards)
         begins.append(after)
     if traced:
-        for whole, *pieces in zip(gradients, *parts, strict=True):
+        for whole, *pieces in zip(gradients, *filled_parts, strict=True):
             if whole.dim() > 1:
                 whole.copy_(torch.cat([x.flatten(0, 1) for x in pieces]).view_as(whole))
         for whole, *pieces in zip((dh0, du0), *begins, strict=True):
