@@ -71,7 +71,7 @@ def compile_ahead(
     """
     x = tensors[0]
     assert x is not None
-    if torch.compiler.is_compiling() or not _is_eager(x):
+    if not _is_eager(x):
         return
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in tensors if t is not None)
     dtypes = [None if t is None else t.dtype for t in tensors]

@@ -107,7 +107,7 @@ def _step_backward(ctx: Any, do: Tensor | None, dh: Tensor | None, du: Tensor | 
     )
 
     def without_time(grad: Tensor, like: Tensor | None) -> Tensor | None:
-        return None if like is None or (grad.dim() == 1) else grad.squeeze(1).to(like.dtype)
+        return None if like is None or grad.dim() == 1 else grad.squeeze(1).to(like.dtype)
 
     return (
         *(without_time(dq, q), without_time(dk, k), without_time(dv, v), dh0, du0),

@@ -29,7 +29,7 @@ from torch.library import custom_op, triton_op
 
 from . import ahead, reference
 from .eager import EagerOp
-from .reference import compute_dtype, num_slots, storage_dtype
+from .reference import compute_dtype, storage_dtype
 
 try:
     from .kernels import (
@@ -128,20 +128,18 @@ def _tie(size: int | torch.SymInt, other: int | torch.SymInt) -> None:
 
 
 def _chunk_state_outputs(k, v, g, gk, beta, h0, u0, cu_seqlens, num_heads, chunk_size):  # type: ignore[no-untyped-def]
-    (B, T, _, K), V, H = k.shape, v.shape[-1], num_heads
     for x in (v, *(t for t in (g, gk, beta) if t is not None)):
-        _tie(x.shape[0], B)
-        _tie(x.shape[1], T)
-    S = num_slots(B, T, cu_seqlens, chunk_size)
+        _tie(x.shape[0], k.shape[0])
+        _tie(x.shape[1], k.shape[1])
+    chunks = reference.empty_chunk_states(k, v, cu_seqlens, num_heads, chunk_size)
+    return *chunks, *_empty_states(k, v, cu_seqlens, num_heads)
+
+
+def _empty_states(k: Tensor, v: Tensor, cu_seqlens: Tensor | None, H: int) -> tuple[Tensor, Tensor]:
+    """One of H and one of U for each sequence."""
+    (B, _, _, K), V, exact = k.shape, v.shape[-1], compute_dtype(k)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    stored, exact = storage_dtype(k), compute_dtype(k)
-    return (
-        k.new_empty(S, H, K, K, dtype=stored),
-        k.new_empty(S, H, K, V, dtype=stored),
-        k.new_empty(S, H, 2, dtype=torch.float32),
-        k.new_empty(N, H, K, K, dtype=exact),
-        k.new_empty(N, H, K, V, dtype=exact),
-    )
+    return k.new_empty(N, H, K, K, dtype=exact), k.new_empty(N, H, K, V, dtype=exact)
 
 
 def _chunk_state(
@@ -254,15 +252,13 @@ chunk_output, chunk_output_cpu = _register(
 
 def _chunk_bwd_outputs(k, v, g, gk, beta, h0, u0, do, q, alpha, *args):  # type: ignore[no-untyped-def]
     cu_seqlens, _, _, _, H, _ = args[-6:]
-    (B, T, _, K), V, exact = k.shape, v.shape[-1], compute_dtype(k)
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    per_token = (*k.shape[:2], H)
     return (
         k.new_empty(0 if q is None else q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
-        *(k.new_empty(0 if t is None else (B, T, H), dtype=exact) for t in (g, gk, alpha, beta)),
-        k.new_empty(N, H, K, K, dtype=exact),
-        k.new_empty(N, H, K, V, dtype=exact),
+        *(k.new_empty(0 if t is None else per_token, dtype=compute_dtype(k)) for t in (g, gk, alpha, beta)),
+        *_empty_states(k, v, cu_seqlens, H),
     )
 
 

@@ -195,6 +195,16 @@ def decay_mask(c: Tensor) -> Tensor:
 # Chunk states in memory
 
 
+def empty_chunk_states(
+    k: Tensor, v: Tensor, cu_seqlens: Tensor | None, num_heads: int, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``store_states`` returns for inputs like these, not computed."""
+    (B, T, _, K), V, H = k.shape, v.shape[-1], num_heads
+    S, stored = num_slots(B, T, cu_seqlens, chunk_size), storage_dtype(k)
+    h, u = k.new_empty(S, H, K, K, dtype=stored), k.new_empty(S, H, K, V, dtype=stored)
+    return h, u, k.new_empty(S, H, 2, dtype=torch.float32)
+
+
 def storage_dtype(x: Tensor) -> torch.dtype:
     """What chunk states and normalised solutions are stored as: float16 beside 16-bit inputs, else the compute dtype."""
     return torch.float16 if x.dtype.itemsize == 2 else compute_dtype(x)

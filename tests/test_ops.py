@@ -5,8 +5,6 @@ Which of the three runs is a matter of the machine and of TRITON_INTERPRET; test
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from helpers import (
@@ -76,7 +74,8 @@ def test_outputs_and_gradients_at_full_width(case: Case, dtype: torch.dtype) -> 
 def test_gradients_in_pieces(
     case: Case, most: int, cut: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backward = importlib.import_module("gka_compile.custom_ops.kernels.backward")
+    from gka_compile.custom_ops.kernels import backward
+
     made = make_inputs(case, dtype)
     k, v = made["k"], made["v"]
     assert k is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..eager import TENSORS
 from ..pieces import piece_sizes
-from ..reference import num_slots, storage_dtype
+from ..reference import empty_chunk_states
 from .grads import launch_chunk_grads, launch_chunk_state_bwd
 from .launch import Tensors
 from .output import launch_chunk_output_bwd
@@ -47,30 +47,24 @@ def launch_chunk_bwd(
     out: Tensors,
 ) -> None:
     """Fill ``out`` as ``ops.chunk_bwd`` describes."""
-    before: Any  # of the sequences of a piece
-    after: Any
-    into: Any
-    inputs: Any
-    filled: Any
-    gradients: Any
     *gradients, dh0, du0 = out
-    rows: Any = (k, v, g, gk, beta, do, q, alpha, x, x_scale, phi)
+    rows = (k, v, g, gk, beta, do, q, alpha, x, x_scale, phi)
     constants = (cu_seqlens, scale, ridge_ratio, num_iter, H, C)
-    cut = piece_sizes(k, v, cu_seqlens, H, C)
-    if cut is None and h_starts is None:
-        return _launch_piece(rows, (h0, u0), (dh_out, du_out), constants, gradients, (dh0, du0))
     B, T = k.shape[:2]
-    sequences, tokens = cut[0] if cut else 1, T
     if h_starts is not None:  # they say how many parts there are: what made them may have been traced, and this not
         parts = h_starts.shape[1] + 1
         sequences, tokens = 1, ((T + C - 1) // C + parts - 1) // parts * C
+    elif cut := piece_sizes(k, v, cu_seqlens, H, C):
+        sequences, tokens = cut[0], T
+    else:
+        return _launch_piece(rows, (h0, u0), (dh_out, du_out), constants, gradients, (dh0, du0))
     # what kernels write into views is lost in compiled code (torch 2.11), so there each piece gets tensors of its own
     traced = type(dh0) not in TENSORS
     filled_parts: list[list[Tensor]] = []  # of the gradients, in the order of the tokens
     begins: list[list[Tensor]] = []  # of dh0 and du0
     for first in range(0, B, sequences):
         here = slice(first, min(first + sequences, B))
-        before, after, into = ([x if x is None else x[here] for x in pair] for pair in ((h0, u0), (dh_out, du_out), (dh0, du0)))
+        before, after, into = ([_part(x, here) for x in pair] for pair in ((h0, u0), (dh_out, du_out), (dh0, du0)))
         if tokens < T:  # a kernel compiled for pieces between others suits the first and the last, too
             zeros = [torch.zeros_like(x) for x in into]
             before, after = ([z if x is None else x for x, z in zip(given, zeros, strict=True)] for given in (before, after))
@@ -99,9 +93,9 @@ def launch_chunk_bwd(
             whole.copy_(torch.cat(pieces))
 
 
-def _part(x: Tensor | None, here: slice, span: slice) -> Tensor | None:
-    """Of a tensor [B, T, …]; an empty one stands for what is absent."""
-    return x if x is None or x.dim() == 1 else x[here, span]
+def _part(x: Any, *where: slice) -> Any:
+    """Of a tensor [B, …]; None or an empty one stands for what is absent."""
+    return x if x is None or x.dim() == 1 else x[where]
 
 
 def _launch_piece(rows: Any, start: Any, after: Any, constants: Any, gradients: Any, end: Any) -> None:
@@ -110,14 +104,7 @@ def _launch_piece(rows: Any, start: Any, after: Any, constants: Any, gradients: 
     (h0, u0), (dh_out, du_out), (dh0, du0) = start, after, end
     cu_seqlens, scale, ridge_ratio, num_iter, H, C = constants
     dq, dk, dv, dg, dgk, dalpha, dbeta = gradients
-    (B, T, _, K), V = k.shape, v.shape[-1]
-    S, stored = num_slots(B, T, cu_seqlens, C), storage_dtype(k)
-
-    def chunks() -> Any:
-        h, u = k.new_empty(S, H, K, K, dtype=stored), k.new_empty(S, H, K, V, dtype=stored)
-        return [h, u, k.new_empty(S, H, 2, dtype=torch.float32)]
-
-    h_chunks, u_chunks, scales = chunks()
+    h_chunks, u_chunks, scales = empty_chunk_states(k, v, cu_seqlens, H, C)
     final = (torch.empty_like(dh0), torch.empty_like(du0))
     launch_chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, H, C, (h_chunks, u_chunks, scales, *final))
     y = y_scale = eta = mdm = None
@@ -127,7 +114,7 @@ def _launch_piece(rows: Any, start: Any, after: Any, constants: Any, gradients: 
             *(do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, scales, x, x_scale, phi),
             *(cu_seqlens, scale, ridge_ratio, num_iter, C, (dq, dalpha, y, y_scale, eta, mdm)),
         )
-    dh_chunks, du_chunks, dscales = chunks()
+    dh_chunks, du_chunks, dscales = empty_chunk_states(k, v, cu_seqlens, H, C)
     launch_chunk_state_bwd(
         *(k, v, g, gk, beta, h_chunks, scales, do, q, alpha, x, x_scale, y, y_scale, eta),
         *(dh_out, du_out, cu_seqlens, scale, H, C, (dh_chunks, du_chunks, dscales, dh0, du0)),
