@@ -94,62 +94,130 @@ def store_factor(factors_ptr, sums_ptr, matrix, WHICH: tl.constexpr, decay, left
 
 
 @triton.jit
-def scan_block(
+def segments_of(N, H: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, PROGRAMS: tl.constexpr):
+    """Parts of a sequence that are scanned side by side: as many as there is room for."""
+    return tl.minimum(tl.maximum(PROGRAMS // (N * H * BLOCKS), 1), SEGMENTS)
+
+
+@triton.jit
+def advance(
+    state,
+    bound,
     k_ptr,
     w_ptr,  # k for columns of H, v for columns of U
     factors_ptr,
     sums_ptr,
-    start_ptr,  # [N, H, K, E] initial state
-    chunks_ptr,  # [S, H, K, E]
-    scales_ptr,  # [S, H, 2]
-    final_ptr,  # [N, H, K, E]
-    n,
-    h,
-    begin,
+    first,
     end,
-    first_slot,
+    matrix,
+    head,
     first_column,
-    H: tl.constexpr,
     Hk: tl.constexpr,
     WHICH: tl.constexpr,  # 0: H, 1: U
     K: tl.constexpr,
     E: tl.constexpr,
     C: tl.constexpr,
     BK: tl.constexpr,
-    BW: tl.constexpr,  # block of E
     BE: tl.constexpr,
     OPERAND: tl.constexpr,
-    HAS_START: tl.constexpr,
 ):
-    """Columns first_column … + BE of one state over one sequence; the state stays in registers in float32.
+    """(columns of a state after a chunk, bound of its entries, decay of a chunk)"""
+    factors = factors_ptr + matrix * (3 * C) + tl.arange(0, C)
+    k = load_rows(k_ptr, first, end, Hk, head, K, C, BK) * tl.load(factors)[:, None]
+    w = load_row_block(w_ptr, first, end, Hk, head, first_column, E, C, BE) * tl.load(factors + (1 + WHICH) * C)[:, None]
+    sums = sums_ptr + matrix * 6 + WHICH * 3
+    decay = tl.load(sums)
+    state = decay * state + split_outer_product(k, w, OPERAND) * tl.load(sums + 1)
+    return state, decay * bound + tl.load(sums + 2), decay
+
+
+@triton.jit
+def scan_block(
+    k_ptr,
+    w_ptr,
+    factors_ptr,
+    sums_ptr,
+    start_ptr,  # [N, H, K, E] initial state
+    ends_ptr,  # [PROGRAMS, BK, BE]: what each segment adds, and
+    totals_ptr,  # [PROGRAMS, 2]: its decay, its bound
+    chunks_ptr,  # [S, H, K, E]
+    scales_ptr,  # [S, H, 2]
+    final_ptr,  # [N, H, K, E]
+    n,
+    h,
+    segment,
+    segments,
+    program,  # of the first segment
+    begin,
+    end,
+    first_slot,
+    first_column,
+    H: tl.constexpr,
+    Hk: tl.constexpr,
+    WHICH: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BW: tl.constexpr,  # block of E
+    BE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_START: tl.constexpr,
+    ENDS: tl.constexpr,
+):
+    """Columns first_column … + BE of one state over one segment of a sequence; the state stays in registers in float32.
 
     It is stored divided by a power of two near a bound of its entries, which grows with the tokens: no program needs to see the
-    columns of the others, nor to search its own.
+    columns of the others, nor to search its own. With ENDS the segment is scanned from zero, and only its end is stored.
     """
     row = tl.arange(0, BK)[:, None]
     column = first_column + tl.arange(0, BE)[None, :]
     inside = (row < K) & (column < E)
+    tile = row * BE + tl.arange(0, BE)[None, :]
     place = (n.to(tl.int64) * H + h) * (K * E) + row * E + column
-    if HAS_START:
-        state = tl.load(start_ptr + place, mask=inside, other=0.0)
-        bound = largest_entry(start_ptr, n.to(tl.int64) * H + h, K, E, BK, BW)
-    else:
-        state = tl.zeros((BK, BE), tl.float32)
-        bound = tl.full((), 0.0, tl.float32)
+    chunks = tl.cdiv(end - begin, C)
+    share = tl.cdiv(chunks, segments)
+    from_chunk = tl.minimum(segment * share, chunks)
+    to_chunk = tl.minimum(from_chunk + share, chunks)
     head = h // (H // Hk)
-    token = tl.arange(0, C)
-    for i in range(tl.cdiv(end - begin, C)):
-        first = begin + i * C
-        matrix = (first_slot + i).to(tl.int64) * H + h
-        store_state(chunks_ptr, scales_ptr, state, bound, matrix, WHICH, first_column, K, E, BK, BE)
-        factors = factors_ptr + matrix * (3 * C) + token
-        k = load_rows(k_ptr, first, end, Hk, head, K, C, BK) * tl.load(factors)[:, None]
-        w = load_row_block(w_ptr, first, end, Hk, head, first_column, E, C, BE) * tl.load(factors + (1 + WHICH) * C)[:, None]
-        sums = sums_ptr + matrix * 6 + WHICH * 3
-        decay = tl.load(sums)
-        state = decay * state + split_outer_product(k, w, OPERAND) * tl.load(sums + 1)
-        bound = decay * bound + tl.load(sums + 2)
-    tl.store(final_ptr + place, state, mask=inside)
+    state = tl.zeros((BK, BE), tl.float32)
+    bound = tl.full((), 0.0, tl.float32)
+    if ENDS:
+        total = tl.full((), 1.0, tl.float32)
+        for i in range(from_chunk, to_chunk):
+            matrix = (first_slot + i).to(tl.int64) * H + h
+            # fmt: off
+            state, bound, decay = advance(
+                state, bound, k_ptr, w_ptr, factors_ptr, sums_ptr, begin + i * C, end, matrix, head, first_column,
+                Hk, WHICH, K, E, C, BK, BE, OPERAND,
+            )
+            # fmt: on
+            total *= decay
+        mine = program + segment * BLOCKS
+        tl.store(ends_ptr + mine * (BK * BE) + tile, state)
+        tl.store(totals_ptr + mine * 2, total)
+        tl.store(totals_ptr + mine * 2 + 1, bound)
+    else:
+        if HAS_START:
+            state = tl.load(start_ptr + place, mask=inside, other=0.0)
+            bound = largest_entry(start_ptr, n.to(tl.int64) * H + h, K, E, BK, BW)
+        for earlier in range(segment):
+            other = program + earlier * BLOCKS
+            decay = tl.load(totals_ptr + other * 2)
+            state = decay * state + tl.load(ends_ptr + other * (BK * BE) + tile)
+            bound = decay * bound + tl.load(totals_ptr + other * 2 + 1)
+        for i in range(from_chunk, to_chunk):
+            matrix = (first_slot + i).to(tl.int64) * H + h
+            store_state(chunks_ptr, scales_ptr, state, bound, matrix, WHICH, first_column, K, E, BK, BE)
+            # fmt: off
+            state, bound, decay = advance(
+                state, bound, k_ptr, w_ptr, factors_ptr, sums_ptr, begin + i * C, end, matrix, head, first_column,
+                Hk, WHICH, K, E, C, BK, BE, OPERAND,
+            )
+            # fmt: on
+        is_last = row * 0 + segment == segments - 1
+        tl.store(final_ptr + place, state, mask=inside & is_last)
 
 
 @triton.jit
@@ -161,6 +229,8 @@ def chunk_state_kernel(
     h0_ptr,  # [N, H, K, K]
     u0_ptr,  # [N, H, K, V]
     cu_ptr,  # [N + 1]
+    ends_ptr,  # [PROGRAMS, BK, BE]
+    totals_ptr,  # [PROGRAMS, 2]
     h_chunks_ptr,  # [S, H, K, K]
     u_chunks_ptr,  # [S, H, K, V]
     scales_ptr,  # [S, H, 2]
@@ -175,15 +245,27 @@ def chunk_state_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     BE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     OPERAND: tl.constexpr,
     HAS_H0: tl.constexpr,
     HAS_U0: tl.constexpr,
     PACKED: tl.constexpr,
+    ENDS: tl.constexpr,
 ):
-    """Grid (column blocks of H, then of U; heads; sequences)."""
-    block = tl.program_id(0)
+    """Grid (column blocks of H, then of U, times segments; heads; sequences), twice: with ENDS, then without.
+
+    A scan is a chain of chunks. Where there are too few of them to fill the GPU, each is cut in segments: first what every segment
+    but the last adds, all at once; then all at once again, each from what those before it added up to.
+    """
+    h_blocks: tl.constexpr = (K + BE - 1) // BE
+    blocks: tl.constexpr = h_blocks + (V + BE - 1) // BE
+    block = tl.program_id(0) % blocks
+    segment = tl.program_id(0) // blocks
     h = tl.program_id(1)
     n = tl.program_id(2)
+    segments = segments_of(tl.num_programs(2), H, blocks, SEGMENTS, PROGRAMS)
+    program = (n * H + h) * segments * blocks + block
     if PACKED:
         begin = tl.load(cu_ptr + n).to(tl.int64)
         end = tl.load(cu_ptr + n + 1).to(tl.int64)
@@ -192,18 +274,20 @@ def chunk_state_kernel(
         begin = n.to(tl.int64) * T
         end = begin + T
         first_slot = n * tl.cdiv(T, C)
-    h_blocks: tl.constexpr = (K + BE - 1) // BE
     # fmt: off
-    if block < h_blocks:
-        scan_block(
-            k_ptr, k_ptr, factors_ptr, sums_ptr, h0_ptr, h_chunks_ptr, scales_ptr, h_out_ptr,
-            n, h, begin, end, first_slot, block * BE, H, Hk, 0, K, K, C, BK, BK, BE, OPERAND, HAS_H0,
-        )
-    else:
-        scan_block(
-            k_ptr, v_ptr, factors_ptr, sums_ptr, u0_ptr, u_chunks_ptr, scales_ptr, u_out_ptr,
-            n, h, begin, end, first_slot, (block - h_blocks) * BE, H, Hk, 1, K, V, C, BK, BV, BE, OPERAND, HAS_U0,
-        )
+    if segment < segments - ENDS:
+        if block < h_blocks:
+            scan_block(
+                k_ptr, k_ptr, factors_ptr, sums_ptr, h0_ptr, ends_ptr, totals_ptr, h_chunks_ptr, scales_ptr, h_out_ptr,
+                n, h, segment, segments, program, begin, end, first_slot, block * BE,
+                H, Hk, 0, K, K, C, BK, BK, BE, blocks, OPERAND, HAS_H0, ENDS,
+            )
+        else:
+            scan_block(
+                k_ptr, v_ptr, factors_ptr, sums_ptr, u0_ptr, ends_ptr, totals_ptr, u_chunks_ptr, scales_ptr, u_out_ptr,
+                n, h, segment, segments, program, begin, end, first_slot, (block - h_blocks) * BE,
+                H, Hk, 1, K, V, C, BK, BV, BE, blocks, OPERAND, HAS_U0, ENDS,
+            )
     # fmt: on
 
 
@@ -214,12 +298,15 @@ def launch_chunk_state(
     k, v, g, gk, beta, h0, u0, cu = compact(k, v, g, gk, beta, h0, u0, cu_seqlens)
     B, T, _, K = k.shape
     V, N = v.shape[-1], B if cu is None else cu.shape[0] - 1
-    BE = config.STATE_COLUMNS
-    grid = ((K + BE - 1) // BE + (V + BE - 1) // BE, H, N)
+    BE, SEGMENTS, PROGRAMS = config.STATE_COLUMNS, config.SEGMENTS, config.SCAN_PROGRAMS
+    grid = (SEGMENTS * ((K + BE - 1) // BE + (V + BE - 1) // BE), H, N)
     S = out[0].shape[0]
     factors = k.new_empty(S, H, 3, C, dtype=torch.float32)
     sums = k.new_empty(S, H, 2, 3, dtype=torch.float32)
+    ends = k.new_empty(PROGRAMS, block(K), BE, dtype=torch.float32)
+    totals = k.new_empty(PROGRAMS, 2, dtype=torch.float32)
     common = shared_options(H, k, cu, C) | {"K": K, "V": V, "BK": block(K), "BV": block(V)}
+    cut: Any = {"BE": BE, "SEGMENTS": SEGMENTS, "PROGRAMS": PROGRAMS}
     with on_device(k):
         wrap_triton(chunk_factors_kernel)[(S, H)](
             *(k, v, *present(k, g, gk, beta, cu), factors, sums, 1 if cu is None else N, T),
@@ -229,11 +316,13 @@ def launch_chunk_state(
             **common,
             **settings("chunk_factors", k, K, V),
         )
-        wrap_triton(chunk_state_kernel)[grid](
-            *(k, v, factors, sums, *present(k, h0, u0, cu), *out, T),
-            BE=BE,
-            HAS_H0=h0 is not None,
-            HAS_U0=u0 is not None,
-            **common,
-            **settings("chunk_state", k, K, V),
-        )
+        for ends_alone in (True, False):
+            wrap_triton(chunk_state_kernel)[grid](
+                *(k, v, factors, sums, *present(k, h0, u0, cu), ends, totals, *out, T),
+                HAS_H0=h0 is not None and not ends_alone,
+                HAS_U0=u0 is not None and not ends_alone,
+                ENDS=ends_alone,
+                **cut,
+                **common,
+                **settings("chunk_state", k, K, V),
+            )
