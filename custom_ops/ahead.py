@@ -127,7 +127,7 @@ def _compile_together(launches: Sequence[Launch], x: Tensor) -> None:
         with on_device(x):
             kernel.run  # noqa: B018 - a property: builds Triton 3.6's launcher with the C compiler, and loads the kernel
 
-    with on_device(x), ThreadPoolExecutor(min(len({a.kernel for a in launches}), os.cpu_count() or 1)) as pool:
+    with on_device(x), ThreadPoolExecutor(min(len(launches), os.cpu_count() or 1)) as pool:
         with triton.AsyncCompileMode(pool):
             made = [a.kernel.warmup(*a.args, grid=a.grid, **a.named) for a in launches]
         kernels = {k.result() if isinstance(k, triton.FutureKernel) else k for k in made}

@@ -9,6 +9,7 @@ __all__ = [
     "PIECE_BYTES",
     "RIDGE_RATIO",
     "SCAN_PROGRAMS",
+    "SEGMENTED_CHUNKS",
     "SEGMENTS",
     "STATE_COLUMNS",
     "TRACED_PIECES",
@@ -47,7 +48,8 @@ def gpu_chunk(major: int, itemsize: int, K: int, V: int) -> int:
 
 STATE_COLUMNS = 64  # columns of a state that one program carries through time, of narrower states, too (docs/design.md, section 5)
 SEGMENTS = 4  # of a sequence, at most, that are scanned side by side,
-SCAN_PROGRAMS = 264  # as long as there are not more programs than these: two a multiprocessor of 132
+SCAN_PROGRAMS = 264  # as long as there are not more programs than these: two a multiprocessor of 132;
+SEGMENTED_CHUNKS = 16  # in a sequence, at least, for that
 COTANGENT_COLUMNS = 32  # … of its cotangent: smaller programs, so that long sequences of small batches fill the GPU
 
 # (num_warps, num_stages) of each kernel up to a width of 64 and beyond; nothing is tuned at run time.

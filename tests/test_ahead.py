@@ -26,7 +26,8 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from gka_compile import chunk_gka, functional  # noqa: E402
 from gka_compile.custom_ops import ahead, config, kernels, ops  # noqa: E402
 
-FORWARD = ["chunk_factors_kernel", "chunk_state_kernel", "chunk_solve_kernel", "chunk_read_kernel"]
+STATES = ["chunk_factors_kernel", "chunk_state_kernel", "chunk_state_kernel"]  # the ends of segments, then all
+FORWARD = [*STATES, "chunk_solve_kernel", "chunk_read_kernel"]
 BACKWARD = [
     "chunk_read_bwd_kernel",
     "chunk_solve_bwd_kernel",
@@ -96,6 +97,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[GPU]:
     monkeypatch.setattr(ahead, "_is_eager", lambda x: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(ahead, "_done", set())
+    monkeypatch.setattr(config, "SEGMENTED_CHUNKS", 0)  # every scan in two launches
+    monkeypatch.setattr(config, "SCAN_PROGRAMS", 1 << 10)
     for kernel in KERNELS:
         kernel.device_caches[pretended.device]  # sets kernel.compile, to Triton's
         monkeypatch.setattr(kernel, "compile", pretended.compile)
@@ -165,9 +168,7 @@ def test_parts_of_a_sequence_are_compiled_ahead_of_the_first_call_that_has_them(
     on_the_way: list[str] = []
     gpu.on_compile = lambda name: on_the_way.append(name) if gpu.launched else None
     run(Case("", B=1, T=301, state=False), torch.bfloat16, True)  # in the class of 37; 128, 128 and 45 tokens
-    assert sorted(names(gpu.compiled)) == sorted(
-        ["chunk_factors_kernel", *2 * ["chunk_state_kernel"], *BACKWARD, "chunk_state_bwd_kernel"]
-    )
+    assert sorted(names(gpu.compiled)) == sorted([*STATES, "chunk_state_kernel", *BACKWARD, "chunk_state_bwd_kernel"])
     assert not on_the_way
 
 
@@ -181,6 +182,18 @@ def test_the_keys_on_disk_are_those_of_a_process_that_compiles_as_it_launches(gp
     run(CASES[0], torch.bfloat16, True)
     assert names(gpu.compiled) == FORWARD + BACKWARD  # one after the other, on the way
     assert set(gpu.compiled) == ahead_of_it
+
+
+def test_a_call_that_cuts_no_sequence_prepares_for_one_that_does(gpu: GPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "SEGMENTED_CHUNKS", 4)
+    run(Case(""), torch.bfloat16, False)
+    assert sorted(names(gpu.compiled)) == sorted(FORWARD)
+    assert sorted(names(gpu.launched)) == sorted({*FORWARD})
+    gpu.compiled.clear()
+    gpu.launched.clear()
+    run(Case("", T=217), torch.bfloat16, False)
+    assert not gpu.compiled
+    assert sorted(names(gpu.launched)) == sorted(FORWARD)
 
 
 def test_compiles_side_by_side(gpu: GPU, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,22 +225,22 @@ def test_prepares_once_for_what_triton_compiles_once(gpu: GPU, monkeypatch: pyte
         run(case, dtype, gradients, **options)
         return len(prepared), len(gpu.compiled)
 
-    assert count(Case("")) == (1, 4)
+    assert count(Case("")) == (1, 5)
     assert count(Case("")) == (0, 0)
     assert count(Case("", T=50, B=5)) == (0, 0)
-    assert count(Case("", T=32)) == (1, 4)
+    assert count(Case("", T=32)) == (1, 5)
     assert count(Case("", T=64)) == (0, 0)
-    assert count(Case("", T=1)) == (1, 4)
+    assert count(Case("", T=1)) == (1, 5)
     assert count(Case(""), gradients=True) == (1, 6)
     with torch.no_grad():
         chunk_gka(*(torch.zeros(1, 37, 2, 16, dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"))  # one that only forwards
     assert count(Case("", given=(), state=False)) == (0, 0)  # the kernels of that
-    assert count(Case(""), torch.float16) == (1, 4)
+    assert count(Case(""), torch.float16) == (1, 5)
     assert count(Case(""), scale=0.5) == (1, 1)  # of the read-out
     assert count(Case(""), num_iter=7) == (1, 1)  # of the solve
-    assert count(Case("", H=4, Hk=2)) == (1, 4)
+    assert count(Case("", H=4, Hk=2)) == (1, 5)
     packed = Case("", B=1, T=40, lengths=(8, 32))
-    assert count(packed) == (1, 4)
+    assert count(packed) == (1, 5)
     assert count(Case("", B=1, T=40, lengths=(1, 9, 30))) == (0, 0)
     assert count(Case("", B=1, T=40, lengths=(40,))) == (1, 3)  # N = 1, which the scan does not take
     assert count(Case("", B=1, T=40, lengths=(2,) * 8 + (3,) * 8)) == (1, 3)
@@ -293,9 +306,9 @@ def test_only_eager_calls_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("op", "launched"),
     [
-        ("chunk_state", FORWARD[:2]),
-        ("chunk_output", FORWARD[2:]),
-        ("chunk_bwd", [*FORWARD[:2], *BACKWARD]),
+        ("chunk_state", STATES[:2]),
+        ("chunk_output", FORWARD[3:]),
+        ("chunk_bwd", [*STATES[:2], *BACKWARD]),
         ("step", ["step_kernel"]),
     ],
 )

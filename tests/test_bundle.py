@@ -120,12 +120,15 @@ def op_arguments(op: str, made: dict[str, Any], chunk: int) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("given", [ALL, ()], ids=["all", "none"])
 @pytest.mark.parametrize("op", bundle.OPS)
-def test_expressions_are_those_of_real_launches(op: str, given: tuple[str, ...], tmp_path: Path) -> None:
+def test_expressions_are_those_of_real_launches(
+    op: str, given: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if op == "step" and not given:
         given = ("h0", "u0")  # its states are required
     asked = variant(op, torch.float16, given, key_width=16, value_width=24)
     (entry,) = build_bundle(tmp_path / "b", [asked], ["9.0"])["variants"]
     chunk, target = asked.chunk("9.0"), entry["targets"]["9.0"]
+    monkeypatch.setattr(kernels.state, "TENSORS", frozenset())  # an eager call knows when a launch has nothing to do
     for B, T in ((1, 1), (1, 2), (2, 1), (3, 31), (2, 32), (1, 33), (5, 64), (2, 200), (0, 7), (2, 0)):
         if op == "step" and T == 0:
             continue

@@ -5,6 +5,8 @@ Which of the three runs is a matter of the machine and of TRITON_INTERPRET; test
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import (
@@ -20,6 +22,7 @@ from helpers import (
     check,
     make_cotangents,
     make_inputs,
+    packing,
     relative_error,
     run_ops,
     run_reference,
@@ -60,6 +63,64 @@ def test_outputs_and_gradients_at_full_width(case: Case, dtype: torch.dtype) -> 
     oracle = run_reference(case, dtype, torch.float64, chunk)
     found = run_ops(case, dtype, DEVICE, chunk)
     check(found, oracle, budget(case, dtype, oracle, chunk))
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="the reference scans once")
+@pytest.mark.parametrize(("room", "chunks_in_first"), [(2, None), (3, 3), (9, 2)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("all", B=1, T=120, V=24),
+        Case("plain", B=2, T=113, given=("g", "gk"), state=False),
+        Case("packed", B=1, T=170, lengths=(113, 0, 20, 37), H=4, Hk=2),
+    ],
+    ids=str,
+)
+def test_scan_in_segments(case: Case, room: int, chunks_in_first: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gka_compile.custom_ops.kernels import state
+
+    lengths, blocks = case.lengths or case.B * (case.T,), 2
+    slots: Any = slice(None)
+    if case.lengths:  # some stay empty
+        begins = [sum(lengths[:n]) // 16 + n for n in range(len(lengths))]
+        slots = [begin + i for begin, length in zip(begins, lengths, strict=True) for i in range((length + 15) // 16)]
+    monkeypatch.setattr(config, "SEGMENTED_CHUNKS", 3)
+    monkeypatch.setattr(config, "SCAN_PROGRAMS", room * len(lengths) * case.H * blocks)
+    totals: list[torch.Tensor] = []
+    wrap_triton = state.wrap_triton
+
+    class Spy:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: object) -> Any:
+            def launch(*args: Any, **named: Any) -> None:
+                wrap_triton(self.kernel)[grid](*args, **named)
+                totals.extend([args[8].clone()] if named.get("ENDS") else [])
+
+            return launch
+
+    monkeypatch.setattr(state, "wrap_triton", Spy)
+    for dtype in (torch.float32, torch.bfloat16):
+        made = make_inputs(case, dtype, DEVICE)
+        k, v, g, gk, beta, h0, u0 = (made[name] for name in ("k", "v", "g", "gk", "beta", "h0", "u0"))
+        if beta is not None and dtype == torch.bfloat16:
+            beta[:, 32:] *= 1e-3  # what bounds a state lies in earlier segments
+        found = ops.chunk_state(k, v, g, gk, beta, h0, u0, packing(case, DEVICE), case.H, 16)
+        exact = [None if x is None else x.double().cpu() for x in (k, v, g, gk, beta, h0, u0)]
+        expected = reference.chunk_state(*exact, packing(case), case.H, 16)
+        for i, name in enumerate(("h_chunks", "u_chunks")):
+            x, y = (states[i].double().cpu() * states[2][..., i].double().cpu()[..., None, None] for states in (found, expected))
+            assert relative_error(x[slots], y[slots]) < (2e-6 if dtype == torch.float32 else 5e-4), name
+            assert found[i][slots].abs().max() < 2, name  # divided by a power of two near a bound
+        for name, x, y in zip(("h", "u"), found[3:], expected[3:], strict=True):
+            assert relative_error(x, y) < (2e-6 if dtype == torch.float32 else 5e-4), name
+    assert len(totals) == (2 if chunks_in_first else 0)
+    if chunks_in_first:
+        assert gk is not None
+        # what the first segment of the first sequence and head leaves of the state before it
+        left = gk[0, : 16 * chunks_in_first, 0].sum().exp().item()
+        assert [x[0, 0].item() for x in totals] == pytest.approx(2 * [left], rel=1e-5)
 
 
 @pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="the reference does all at once")

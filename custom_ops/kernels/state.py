@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import config
+from .. import ahead, config
+from ..eager import TENSORS
 from .launch import Tensors, block, compact, on_device, present, settings, shared_options, wrap_triton
 from .tile import (
     decay_exponents,
@@ -94,9 +95,9 @@ def store_factor(factors_ptr, sums_ptr, matrix, WHICH: tl.constexpr, decay, left
 
 
 @triton.jit
-def segments_of(N, H: tl.constexpr, BLOCKS: tl.constexpr, SEGMENTS: tl.constexpr, PROGRAMS: tl.constexpr):
-    """Parts of a sequence that are scanned side by side: as many as there is room for."""
-    return tl.minimum(tl.maximum(PROGRAMS // (N * H * BLOCKS), 1), SEGMENTS)
+def segments_of(room, chunks, SEGMENTS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Parts of a sequence that are scanned side by side; two would take as long as one, for all but the last are scanned twice."""
+    return tl.where((room > 2) & (chunks >= CHUNKS), tl.minimum(room, SEGMENTS), 1)
 
 
 @triton.jit
@@ -145,6 +146,7 @@ def scan_block(
     final_ptr,  # [N, H, K, E]
     n,
     h,
+    chunks,
     segment,
     segments,
     program,  # of the first segment
@@ -176,7 +178,6 @@ def scan_block(
     inside = (row < K) & (column < E)
     tile = row * BE + tl.arange(0, BE)[None, :]
     place = (n.to(tl.int64) * H + h) * (K * E) + row * E + column
-    chunks = tl.cdiv(end - begin, C)
     share = tl.cdiv(chunks, segments)
     from_chunk = tl.minimum(segment * share, chunks)
     to_chunk = tl.minimum(from_chunk + share, chunks)
@@ -247,6 +248,7 @@ def chunk_state_kernel(
     BE: tl.constexpr,
     SEGMENTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     OPERAND: tl.constexpr,
     HAS_H0: tl.constexpr,
     HAS_U0: tl.constexpr,
@@ -255,8 +257,8 @@ def chunk_state_kernel(
 ):
     """Grid (column blocks of H, then of U, times segments; heads; sequences), twice: with ENDS, then without.
 
-    A scan is a chain of chunks. Where there are too few of them to fill the GPU, each is cut in segments: first what every segment
-    but the last adds, all at once; then all at once again, each from what those before it added up to.
+    A scan is a chain of chunks. Where few long ones leave room on the GPU, each is cut in segments: first what every segment but
+    the last adds, all at once; then all at once again, each from what those before it added up to.
     """
     h_blocks: tl.constexpr = (K + BE - 1) // BE
     blocks: tl.constexpr = h_blocks + (V + BE - 1) // BE
@@ -264,8 +266,8 @@ def chunk_state_kernel(
     segment = tl.program_id(0) // blocks
     h = tl.program_id(1)
     n = tl.program_id(2)
-    segments = segments_of(tl.num_programs(2), H, blocks, SEGMENTS, PROGRAMS)
-    program = (n * H + h) * segments * blocks + block
+    room = PROGRAMS // (tl.num_programs(2) * H * blocks)
+    program = (n * H + h) * tl.minimum(room, SEGMENTS) * blocks + block
     if PACKED:
         begin = tl.load(cu_ptr + n).to(tl.int64)
         end = tl.load(cu_ptr + n + 1).to(tl.int64)
@@ -274,18 +276,20 @@ def chunk_state_kernel(
         begin = n.to(tl.int64) * T
         end = begin + T
         first_slot = n * tl.cdiv(T, C)
+    chunks = tl.cdiv(end - begin, C)
+    segments = segments_of(room, chunks, SEGMENTS, CHUNKS)
     # fmt: off
     if segment < segments - ENDS:
         if block < h_blocks:
             scan_block(
                 k_ptr, k_ptr, factors_ptr, sums_ptr, h0_ptr, ends_ptr, totals_ptr, h_chunks_ptr, scales_ptr, h_out_ptr,
-                n, h, segment, segments, program, begin, end, first_slot, block * BE,
+                n, h, chunks, segment, segments, program, begin, end, first_slot, block * BE,
                 H, Hk, 0, K, K, C, BK, BK, BE, blocks, OPERAND, HAS_H0, ENDS,
             )
         else:
             scan_block(
                 k_ptr, v_ptr, factors_ptr, sums_ptr, u0_ptr, ends_ptr, totals_ptr, u_chunks_ptr, scales_ptr, u_out_ptr,
-                n, h, segment, segments, program, begin, end, first_slot, (block - h_blocks) * BE,
+                n, h, chunks, segment, segments, program, begin, end, first_slot, (block - h_blocks) * BE,
                 H, Hk, 1, K, V, C, BK, BV, BE, blocks, OPERAND, HAS_U0, ENDS,
             )
     # fmt: on
@@ -298,15 +302,17 @@ def launch_chunk_state(
     k, v, g, gk, beta, h0, u0, cu = compact(k, v, g, gk, beta, h0, u0, cu_seqlens)
     B, T, _, K = k.shape
     V, N = v.shape[-1], B if cu is None else cu.shape[0] - 1
-    BE, SEGMENTS, PROGRAMS = config.STATE_COLUMNS, config.SEGMENTS, config.SCAN_PROGRAMS
-    grid = (SEGMENTS * ((K + BE - 1) // BE + (V + BE - 1) // BE), H, N)
+    BE, SEGMENTS, PROGRAMS, CHUNKS = config.STATE_COLUMNS, config.SEGMENTS, config.SCAN_PROGRAMS, config.SEGMENTED_CHUNKS
+    blocks = (K + BE - 1) // BE + (V + BE - 1) // BE
     S = out[0].shape[0]
     factors = k.new_empty(S, H, 3, C, dtype=torch.float32)
     sums = k.new_empty(S, H, 2, 3, dtype=torch.float32)
-    ends = k.new_empty(PROGRAMS, block(K), BE, dtype=torch.float32)
-    totals = k.new_empty(PROGRAMS, 2, dtype=torch.float32)
+    # what is traced, or compiled ahead, is for all sizes; an eager call knows where no sequence will be cut
+    for_all = type(k) not in TENSORS or ahead.kept_launches() is not None
+    cut = for_all or (PROGRAMS >= 3 * N * H * blocks and T > (CHUNKS - 1) * C)
+    ends = k.new_empty(PROGRAMS, block(K), BE, dtype=torch.float32) if cut else factors
+    totals = k.new_empty(PROGRAMS, 2, dtype=torch.float32) if cut else sums
     common = shared_options(H, k, cu, C) | {"K": K, "V": V, "BK": block(K), "BV": block(V)}
-    cut: Any = {"BE": BE, "SEGMENTS": SEGMENTS, "PROGRAMS": PROGRAMS}
     with on_device(k):
         wrap_triton(chunk_factors_kernel)[(S, H)](
             *(k, v, *present(k, g, gk, beta, cu), factors, sums, 1 if cu is None else N, T),
@@ -316,13 +322,17 @@ def launch_chunk_state(
             **common,
             **settings("chunk_factors", k, K, V),
         )
-        for ends_alone in (True, False):
-            wrap_triton(chunk_state_kernel)[grid](
-                *(k, v, factors, sums, *present(k, h0, u0, cu), ends, totals, *out, T),
-                HAS_H0=h0 is not None and not ends_alone,
-                HAS_U0=u0 is not None and not ends_alone,
+        for ends_alone in (True, False) if cut else (False,):
+            before = (None, None) if ends_alone else (h0, u0)
+            wrap_triton(chunk_state_kernel)[(SEGMENTS * blocks, H, N)](
+                *(k, v, factors, sums, *present(k, *before, cu), ends, totals, *out, T),
+                BE=BE,
+                SEGMENTS=SEGMENTS,
+                PROGRAMS=PROGRAMS,
+                CHUNKS=CHUNKS,
+                HAS_H0=before[0] is not None,
+                HAS_U0=before[1] is not None,
                 ENDS=ends_alone,
-                **cut,
                 **common,
                 **settings("chunk_state", k, K, V),
             )

@@ -367,8 +367,7 @@ def frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND: tl.constexpr):
 @triton.jit
 def next_term(t, previous, start_gain, inner, h, k, kt, OPERAND: tl.constexpr):
     """T_{n+1}(Z) q = 2 Z t − previous, t = T_n(Z) q, 2 Z t = 4 H t/φ − 2 t."""
-    inside = product(t, kt, OPERAND).to(OPERAND) * inner
-    z = product_into(inside, k, -2.0 * t - previous, OPERAND)
+    z = product_into(product(t, kt, OPERAND).to(inner.dtype) * inner, k, -2.0 * t - previous, OPERAND)
     return product_into(t * start_gain, h, z, OPERAND)
 
 
@@ -397,7 +396,9 @@ def solve(
     """
     gain = 4.0 * reciprocal(phi)
     start_gain = (gamma * h_scale * gain)[:, None]
-    inner = (mask * gain[:, None] * (key_scale * key_scale)[None, :]).to(OPERAND)
+    inner = mask * gain[:, None] * (key_scale * key_scale)[None, :]
+    if rhs.shape[1] > 64:  # half the registers, but three instructions where float32 takes one and a half
+        inner = inner.to(OPERAND)
     h = h.to(OPERAND)
     k = k.to(OPERAND)
     kt = tl.trans(k)
@@ -414,7 +415,7 @@ def solve(
         odd = next_term(even, odd, start_gain, inner, h, k, kt, OPERAND)
         power *= -TAU
         tail *= -1.0 / TAU
-        x += even_weight * even + 2.0 * FRONT * (power - tail) * odd
+        x = x + even_weight * even + 2.0 * FRONT * (power - tail) * odd  # two multiply-adds an element, which += would not be
     if NUM_ITER % 2 == 0:
         even = next_term(odd, even, start_gain, inner, h, k, kt, OPERAND)
         x += 2.0 * FRONT * (power * -TAU + tail / TAU) * even
