@@ -1,14 +1,16 @@
-"""The portable form in TensorRT and in ONNX Runtime's CUDA provider, beside the Triton op.
+"""The portable form in TensorRT and in ONNX Runtime's CUDA provider, and our kernels in TensorRT, beside the Triton op.
 
     python bench_tensorrt.py export FOLDER            where gka-compile[onnx] is installed; no GPU
+    python bench_tensorrt.py bundle FOLDER            where gka-compile and a Triton for the GPU's driver are; no GPU
     python bench_tensorrt.py trt FOLDER [--profile]   where tensorrt ≥ 8.5 and numpy are, on a GPU; needs no torch
     python bench_tensorrt.py torch FOLDER [--ort]     where torch and gka_compile are, on a GPU; --ort: onnxruntime-gpu too
 
 ``export`` writes models (opset 17, IR 8, batch 1) and a CASE.npz for each CASE_*.onnx: inputs, and outputs computed in float64,
-under the models' own names.  ``trt`` builds every model, runs it on these inputs and prints one line: relative errors, seconds to
-build, engine and activation memory, and milliseconds per run, launched one by one and as a CUDA graph.  ``torch`` times the op on
-the same inputs under torch.compile.  Milliseconds are the median over ROUNDS rounds of CALLS runs that follow each other, host and
-device.
+under the models' own names.  ``bundle`` compiles the kernels of the models that end in _plugin, for Hopper, to FOLDER/bundle; they
+take part in ``trt`` where --plugins names the library over that bundle (docs/deploy.md).  ``trt`` builds every model, runs it on
+these inputs and prints one line: relative errors, seconds to build, engine and activation memory, and milliseconds per run,
+launched one by one and as a CUDA graph.  ``torch`` times the op on the same inputs under torch.compile.  Milliseconds are the
+median over ROUNDS rounds of CALLS runs that follow each other, host and device.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ OUTPUTS = ("o", "present_h", "present_u")
 LENGTHS = (64, 512, 4096)  # profile of the dynamic length
 ROUNDS, CALLS = 15, 10
 DTYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64, "INT32": np.int32, "BOOL": np.bool_}  # by TensorRT's names
+HOPPER = "9.0"
 WIDE = "prefill_b1_t4096_h16_k128_mixed"  # for ONNX Runtime: float16 inputs
 
 
@@ -86,35 +89,52 @@ def case_of(model: Path) -> Path:
     return model.with_name(model.stem.rpartition("_")[0] + ".npz")
 
 
-def export(folder: Path) -> None:
-    import onnx
+def exported(order: tuple[str, ...], made: dict[str, np.ndarray]) -> tuple[Any, Any]:
+    """(program, its outputs in float64)"""
     import torch
     from torch import nn
     from torch.export import Dim
 
-    from gka_compile.export import portable_cuda, to_onnx
-
     class Module(nn.Module):
-        def __init__(self, order: tuple[str, ...]) -> None:
+        def __init__(self) -> None:
             super().__init__()
             self.op = op(order)
 
         def forward(self, *args: torch.Tensor) -> Any:
             return self.op(*args)
 
+    module = Module()
+    args = tuple(torch.from_numpy(made[n]) for n in order)
+    with torch.no_grad():
+        exact = module(*(x.double() for x in args))
+    example = args
+    sizes: Any = None
+    if order == PREFILL:  # sizes of the example that are not taken for constants
+        example = tuple(x if n in ("h", "u") else x[:, :130] for n, x in zip(order, args, strict=True))
+        example = tuple(torch.cat([x, x]) for x in example)
+        batch, length = Dim("batch"), Dim("length")
+        sizes = (tuple({0: batch} if n in ("h", "u") else {0: batch, 1: length} for n in order),)
+    return torch.export.export(module.eval(), example, dynamic_shapes=sizes, strict=False), exact
+
+
+def bundle(folder: Path) -> None:
+    from dataclasses import replace
+
+    from gka_compile.export.bundle import build_bundle, variants
+
+    programs = (exported(PREFILL, inputs(512, 2, 64))[0], exported(STEP, inputs(None, 16, 128))[0])
+    asked = [replace(v, chunk_size=None) for program in programs for v in variants(program)]
+    build_bundle(folder / "bundle", asked, [HOPPER], print)
+
+
+def export(folder: Path) -> None:
+    import onnx
+
+    from gka_compile.custom_ops.config import gpu_chunk
+    from gka_compile.export import portable_cuda, to_onnx
+
     def write(name: str, order: tuple[str, ...], made: dict[str, np.ndarray], **options: Any) -> None:
-        module = Module(order)
-        args = tuple(torch.from_numpy(made[n]) for n in order)
-        with torch.no_grad():
-            exact = module(*(x.double() for x in args))
-        example = args
-        sizes: Any = None
-        if order == PREFILL:  # sizes of the example that are not taken for constants
-            example = tuple(x if n in ("h", "u") else x[:, :130] for n, x in zip(order, args, strict=True))
-            example = tuple(torch.cat([x, x]) for x in example)
-            batch, length = Dim("batch"), Dim("length")
-            sizes = (tuple({0: batch} if n in ("h", "u") else {0: batch, 1: length} for n in order),)
-        program = torch.export.export(module.eval(), example, dynamic_shapes=sizes, strict=False)
+        program, exact = exported(order, made)
         path = to_onnx(program, folder / f"{name}.onnx", order, OUTPUTS, opset=17, **options)
         model = onnx.load(path)
         for x in (*model.graph.input, *model.graph.output):
@@ -130,7 +150,9 @@ def export(folder: Path) -> None:
     write("prefill_b1_t512_h2_k64_fp32", PREFILL, made, device="cuda")
     write("prefill_b1_t512_h2_k64_mixed", PREFILL, made, device="cuda", mixed=True)
     write("prefill_b1_t512_h2_k64_cpu", PREFILL, made, device="cpu")
+    write("prefill_b1_t512_h2_k64_plugin", PREFILL, made, form="plugin", chunk_size=gpu_chunk(int(HOPPER[0]), 4, 64, 64))
     made = inputs(None, 16, 128)
+    write("step_b1_h16_k128_plugin", STEP, made, form="plugin")
     for degree in (2, 4, 8):
         portable_cuda.STEP_DEGREE = degree
         write(f"step_b1_h16_k128_degree{degree}", STEP, made, device="cuda")
@@ -172,14 +194,18 @@ class Cuda:
         return lambda: self.driver("GraphLaunch", executable, stream)
 
 
-def trt(folder: Path, names: list[str], tf32: bool, profile: bool) -> None:
+def trt(folder: Path, names: list[str], tf32: bool, profile: bool, plugins: Path | None) -> None:
     import tensorrt
 
+    if plugins is not None:
+        ctypes.CDLL(os.fspath(plugins.resolve()))  # registers them
     print("TensorRT", tensorrt.__version__, "TF32" if tf32 else "no TF32", flush=True)
     cuda, log = Cuda(), tensorrt.Logger(tensorrt.Logger.ERROR)
     failed = False
     for path in sorted(folder.glob("*.onnx")):
-        if (names and not any(n in path.name for n in names)) or path.stem == WIDE:
+        if names and not any(n in path.name for n in names):
+            continue
+        if path.stem == WIDE or (plugins is None and path.stem.endswith("_plugin")):
             continue
         try:
             print(trt_line(tensorrt, cuda, log, path, tf32, profile), flush=True)
@@ -344,17 +370,20 @@ def ort_line(path: Path, args: list[Any]) -> str:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", choices=("export", "trt", "torch"))
+    options.add_argument("what", choices=("export", "bundle", "trt", "torch"))
     options.add_argument("folder", type=Path)
     options.add_argument("--only", action="append", default=[], help="trt: a part of a model's name; may be repeated")
     options.add_argument("--tf32", action="store_true", help="trt: allow TF32 products")
     options.add_argument("--profile", action="store_true", help="trt: the slowest layers")
+    options.add_argument("--plugins", type=Path, metavar="LIBRARY", help="trt: libgka_trt.so over FOLDER/bundle")
     options.add_argument("--ort", action="store_true", help="torch: ONNX Runtime as well")
     args = options.parse_args()
     if args.what == "export":
         export(args.folder)
+    elif args.what == "bundle":
+        bundle(args.folder)
     elif args.what == "trt":
-        trt(args.folder, args.only, args.tf32, args.profile)
+        trt(args.folder, args.only, args.tf32, args.profile, args.plugins)
     else:
         torch_(args.folder, args.ort)
 
