@@ -8,7 +8,6 @@ __all__ = [
     "NUM_ITER",
     "PIECE_BYTES",
     "RIDGE_RATIO",
-    "SCAN_PROGRAMS",
     "SEGMENTED_CHUNKS",
     "SEGMENTS",
     "STATE_COLUMNS",
@@ -16,6 +15,7 @@ __all__ = [
     "chunk_size",
     "gpu_chunk",
     "launch_settings",
+    "scan_programs",
 ]
 
 RIDGE_RATIO = 0.02  # a in λ = a‖H‖_F
@@ -47,10 +47,19 @@ def gpu_chunk(major: int, itemsize: int, K: int, V: int) -> int:
 
 
 STATE_COLUMNS = 64  # columns of a state that one program carries through time, of narrower states, too (docs/design.md, section 5)
-SEGMENTS = 4  # of a sequence, at most, that are scanned side by side,
-SCAN_PROGRAMS = 264  # as long as there are not more programs than these: two a multiprocessor of 132;
-SEGMENTED_CHUNKS = 16  # in a sequence, at least, for that
 COTANGENT_COLUMNS = 32  # … of its cotangent: smaller programs, so that long sequences of small batches fill the GPU
+SEGMENTS = 4  # of a sequence, at most, that are scanned side by side where there is room for them (scan_programs),
+SEGMENTED_CHUNKS = 16  # and chunks that a sequence must have for that
+
+
+def scan_programs(chunk_size: int) -> int:
+    """Programs of a scan up to which a GPU is taken to have room for more.
+
+    Two a multiprocessor of the large GPUs whose chunks have 64 rows (:func:`gpu_chunk`). Of others a small one's: a scan in
+    segments is nearly twice the work, and what is compiled for an architecture may run on its smallest GPU.
+    """
+    return 264 if chunk_size == 64 else 64
+
 
 # (num_warps, num_stages) of each kernel up to a width of 64 and beyond; nothing is tuned at run time.
 _LAUNCH = {

@@ -98,7 +98,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[GPU]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(ahead, "_done", set())
     monkeypatch.setattr(config, "SEGMENTED_CHUNKS", 0)  # every scan in two launches
-    monkeypatch.setattr(config, "SCAN_PROGRAMS", 1 << 10)
+    monkeypatch.setattr(config, "scan_programs", lambda chunk_size: 1 << 10)
     for kernel in KERNELS:
         kernel.device_caches[pretended.device]  # sets kernel.compile, to Triton's
         monkeypatch.setattr(kernel, "compile", pretended.compile)

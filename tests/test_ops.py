@@ -85,7 +85,7 @@ def test_scan_in_segments(case: Case, room: int, chunks_in_first: int | None, mo
         begins = [sum(lengths[:n]) // 16 + n for n in range(len(lengths))]
         slots = [begin + i for begin, length in zip(begins, lengths, strict=True) for i in range((length + 15) // 16)]
     monkeypatch.setattr(config, "SEGMENTED_CHUNKS", 3)
-    monkeypatch.setattr(config, "SCAN_PROGRAMS", room * len(lengths) * case.H * blocks)
+    monkeypatch.setattr(config, "scan_programs", lambda chunk_size: room * len(lengths) * case.H * blocks)
     totals: list[torch.Tensor] = []
     wrap_triton = state.wrap_triton
 

@@ -302,7 +302,7 @@ def launch_chunk_state(
     k, v, g, gk, beta, h0, u0, cu = compact(k, v, g, gk, beta, h0, u0, cu_seqlens)
     B, T, _, K = k.shape
     V, N = v.shape[-1], B if cu is None else cu.shape[0] - 1
-    BE, SEGMENTS, PROGRAMS, CHUNKS = config.STATE_COLUMNS, config.SEGMENTS, config.SCAN_PROGRAMS, config.SEGMENTED_CHUNKS
+    BE, SEGMENTS, CHUNKS, PROGRAMS = config.STATE_COLUMNS, config.SEGMENTS, config.SEGMENTED_CHUNKS, config.scan_programs(C)
     blocks = (K + BE - 1) // BE + (V + BE - 1) // BE
     S = out[0].shape[0]
     factors = k.new_empty(S, H, 3, C, dtype=torch.float32)
