@@ -7,18 +7,28 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char* entry(const char* name)
+struct function {
+    char name[256];
+    char kinds[256];
+};
+
+/* Of the kernels of that name the first not loaded yet, else the last: (bytes of code, kinds of parameters), 0 if there is none. */
+static int entry(const char* name, long* bytes, char* kinds)
 {
-    static char found[4096];
+    static char loaded[1 << 16]; /* by its place in FAKE_KERNELS */
     char wanted[256];
-    snprintf(wanted, sizeof wanted, "%s:", name);
     const char* all = getenv("FAKE_KERNELS");
-    const char* at = strstr(all, wanted);
-    if (!at)
-        return NULL;
-    snprintf(found, sizeof found, "%s", at + strlen(wanted));
-    if (strchr(found, ','))
-        *strchr(found, ',') = 0;
+    int found = 0;
+    snprintf(wanted, sizeof wanted, "%s:", name);
+    for (const char* at = all; (at = strstr(at, wanted)); ++at) {
+        if (at != all && at[-1] != ',')
+            continue;
+        found = sscanf(at + strlen(wanted), "%ld:%255[a-z]", bytes, kinds) == 2;
+        if (!loaded[at - all]) {
+            loaded[at - all] = 1;
+            break;
+        }
+    }
     return found;
 }
 
@@ -47,30 +57,32 @@ int cuModuleLoadData(void** module, const void* image)
 }
 int cuModuleGetFunction(void** function, void* module, const char* name)
 {
-    const char* known = entry(name);
-    if (!known)
+    struct function* made = calloc(1, sizeof *made);
+    long bytes;
+    if (!entry(name, &bytes, made->kinds))
         return 500;
+    snprintf(made->name, sizeof made->name, "%s", name);
     unsigned long long hash = 14695981039346656037ull;
     const unsigned char* image = module;
-    for (long i = 0; i < atol(known); ++i)
+    for (long i = 0; i < bytes; ++i)
         hash = (hash ^ image[i]) * 1099511628211ull;
     printf("load %s %llu\n", name, hash);
-    *function = strdup(name);
+    *function = made;
     return 0;
 }
 int cuFuncSetAttribute(void* function, int attribute, int value)
 {
-    printf("attribute %s %d %d\n", (char*)function, attribute, value);
+    printf("attribute %s %d %d\n", ((struct function*)function)->name, attribute, value);
     return 0;
 }
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
     void* stream, void** parameters, void** extra)
 {
-    printf("launch %s %u %u %u %u %u %u %u %lld %d", (char*)function, gx, gy, gz, bx, by, bz, shared, (long long)stream,
+    const struct function* made = function;
+    printf("launch %s %u %u %u %u %u %u %u %lld %d", made->name, gx, gy, gz, bx, by, bz, shared, (long long)stream,
         extra == NULL);
-    const char* kinds = strchr(entry(function), ':') + 1;
-    for (int i = 0; kinds[i]; ++i)
-        printf(" %lld", kinds[i] == 'i' ? (long long)*(int*)parameters[i] : *(long long*)parameters[i]);
+    for (int i = 0; made->kinds[i]; ++i)
+        printf(" %lld", made->kinds[i] == 'i' ? (long long)*(int*)parameters[i] : *(long long*)parameters[i]);
     printf("\n");
     return 0;
 }
