@@ -89,32 +89,32 @@ def case_of(model: Path) -> Path:
     return model.with_name(model.stem.rpartition("_")[0] + ".npz")
 
 
-def exported(order: tuple[str, ...], made: dict[str, np.ndarray]) -> tuple[Any, Any]:
-    """(program, its outputs in float64)"""
-    import torch
+def module(order: tuple[str, ...]) -> Any:
     from torch import nn
-    from torch.export import Dim
 
     class Module(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.op = op(order)
 
-        def forward(self, *args: torch.Tensor) -> Any:
+        def forward(self, *args: Any) -> Any:
             return self.op(*args)
 
-    module = Module()
-    args = tuple(torch.from_numpy(made[n]) for n in order)
-    with torch.no_grad():
-        exact = module(*(x.double() for x in args))
-    example = args
+    return Module().eval()
+
+
+def exported(order: tuple[str, ...], made: dict[str, np.ndarray]) -> Any:
+    import torch
+    from torch.export import Dim
+
+    example = args = tuple(torch.from_numpy(made[n]) for n in order)
     sizes: Any = None
     if order == PREFILL:  # sizes of the example that are not taken for constants
         example = tuple(x if n in ("h", "u") else x[:, :130] for n, x in zip(order, args, strict=True))
         example = tuple(torch.cat([x, x]) for x in example)
         batch, length = Dim("batch"), Dim("length")
         sizes = (tuple({0: batch} if n in ("h", "u") else {0: batch, 1: length} for n in order),)
-    return torch.export.export(module.eval(), example, dynamic_shapes=sizes, strict=False), exact
+    return torch.export.export(module(order), example, dynamic_shapes=sizes, strict=False)
 
 
 def bundle(folder: Path) -> None:
@@ -122,20 +122,22 @@ def bundle(folder: Path) -> None:
 
     from gka_compile.export.bundle import build_bundle, variants
 
-    programs = (exported(PREFILL, inputs(512, 2, 64))[0], exported(STEP, inputs(None, 16, 128))[0])
+    programs = (exported(PREFILL, inputs(512, 2, 64)), exported(STEP, inputs(None, 16, 128)))
     asked = [replace(v, chunk_size=None) for program in programs for v in variants(program)]
     build_bundle(folder / "bundle", asked, [HOPPER], print)
 
 
 def export(folder: Path) -> None:
     import onnx
+    import torch
 
     from gka_compile.custom_ops.config import gpu_chunk
     from gka_compile.export import portable_cuda, to_onnx
 
     def write(name: str, order: tuple[str, ...], made: dict[str, np.ndarray], **options: Any) -> None:
-        program, exact = exported(order, made)
-        path = to_onnx(program, folder / f"{name}.onnx", order, OUTPUTS, opset=17, **options)
+        with torch.no_grad():
+            exact = module(order)(*(torch.from_numpy(made[n]).double() for n in order))
+        path = to_onnx(exported(order, made), folder / f"{name}.onnx", order, OUTPUTS, opset=17, **options)
         model = onnx.load(path)
         for x in (*model.graph.input, *model.graph.output):
             for size in x.type.tensor_type.shape.dim:

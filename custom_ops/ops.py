@@ -1,6 +1,6 @@
 """The ops of the ``gka`` namespace, registered when this module is imported.
 
-Each op is one or two kernel launches, ``chunk_bwd`` up to eight for each of its pieces:
+Each op is one to three kernel launches, ``chunk_bwd`` up to nine for each of its pieces:
 
     chunk_state       (k, v, decays, initial state)      → states before every chunk, final state
     chunk_output      (q, k, v, decays, alpha, states)   → o, and the solve's by-products that the backward reuses

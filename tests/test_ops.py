@@ -79,13 +79,12 @@ def test_outputs_and_gradients_at_full_width(case: Case, dtype: torch.dtype) -> 
 def test_scan_in_segments(case: Case, room: int, chunks_in_first: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from gka_compile.custom_ops.kernels import state
 
-    lengths, blocks = case.lengths or case.B * (case.T,), 2
+    cu, sequences, blocks = packing(case), len(case.lengths) or case.B, 2
     slots: Any = slice(None)
-    if case.lengths:  # some stay empty
-        begins = [sum(lengths[:n]) // 16 + n for n in range(len(lengths))]
-        slots = [begin + i for begin, length in zip(begins, lengths, strict=True) for i in range((length + 15) // 16)]
+    if cu is not None:  # some stay empty
+        slots = [first + i for first, n in reference._sequence_slots(cu, 16) for i in range(n)]
     monkeypatch.setattr(config, "SEGMENTED_CHUNKS", 3)
-    monkeypatch.setattr(config, "scan_programs", lambda chunk_size: room * len(lengths) * case.H * blocks)
+    monkeypatch.setattr(config, "scan_programs", lambda chunk_size: room * sequences * case.H * blocks)
     totals: list[torch.Tensor] = []
     wrap_triton = state.wrap_triton
 
@@ -108,7 +107,7 @@ def test_scan_in_segments(case: Case, room: int, chunks_in_first: int | None, mo
             beta[:, 32:] *= 1e-3  # what bounds a state lies in earlier segments
         found = ops.chunk_state(k, v, g, gk, beta, h0, u0, packing(case, DEVICE), case.H, 16)
         exact = [None if x is None else x.double().cpu() for x in (k, v, g, gk, beta, h0, u0)]
-        expected = reference.chunk_state(*exact, packing(case), case.H, 16)
+        expected = reference.chunk_state(*exact, cu, case.H, 16)
         for i, name in enumerate(("h_chunks", "u_chunks")):
             x, y = (states[i].double().cpu() * states[2][..., i].double().cpu()[..., None, None] for states in (found, expected))
             assert relative_error(x[slots], y[slots]) < (2e-6 if dtype == torch.float32 else 5e-4), name

@@ -217,7 +217,7 @@ def scan_block(
                 Hk, WHICH, K, E, C, BK, BE, OPERAND,
             )
             # fmt: on
-        is_last = row * 0 + segment == segments - 1
+        is_last = row * 0 + segment == segments - 1  # not of a scalar alone, of which Triton's interpreter makes no mask
         tl.store(final_ptr + place, state, mask=inside & is_last)
 
 
@@ -307,7 +307,7 @@ def launch_chunk_state(
     S = out[0].shape[0]
     factors = k.new_empty(S, H, 3, C, dtype=torch.float32)
     sums = k.new_empty(S, H, 2, 3, dtype=torch.float32)
-    # what is traced, or compiled ahead, is for all sizes; an eager call knows where no sequence will be cut
+    # what is traced, or compiled ahead, is for all sizes; an eager call knows, as segments_of does, where no sequence will be cut
     for_all = type(k) not in TENSORS or ahead.kept_launches() is not None
     cut = for_all or (PROGRAMS >= 3 * N * H * blocks and T > (CHUNKS - 1) * C)
     ends = k.new_empty(PROGRAMS, block(K), BE, dtype=torch.float32) if cut else factors
