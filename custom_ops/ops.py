@@ -29,6 +29,7 @@ from torch.library import custom_op, triton_op
 
 from . import ahead, reference
 from .eager import EagerOp
+from .plans import planned
 from .reference import compute_dtype, storage_dtype
 
 try:
@@ -37,7 +38,6 @@ try:
         launch_chunk_output,
         launch_chunk_state,
         launch_step,
-        plan_step,
     )
 except ImportError as error:  # no Triton on this machine: CPU tensors only
     if (error.name or "").split(".")[0] != "triton":
@@ -46,14 +46,13 @@ except ImportError as error:  # no Triton on this machine: CPU tensors only
     def _no_triton(*_: Any) -> Any:
         raise RuntimeError("gka ops on a GPU, or under TRITON_INTERPRET=1, need Triton, which is not installed: pip install triton")
 
-    launch_chunk_bwd = launch_chunk_output = launch_chunk_state = launch_step = plan_step = _no_triton  # type: ignore[assignment]
+    launch_chunk_bwd = launch_chunk_output = launch_chunk_state = launch_step = _no_triton  # type: ignore[assignment]
 
 __all__ = [
     "chunk_bwd",
     "chunk_output",
     "chunk_state",
     "interpreting",
-    "plan_step",
     "runs_kernels",
     "step",
     "step_",
@@ -115,6 +114,9 @@ def _register(
     twin = custom_op(f"gka::{name}_cpu", run_on_cpu, mutates_args=mutates, schema=schema, device_types="cpu")
     op.register_fake(fake)
     twin.register_fake(outputs)
+    if not mutates:
+        names = [a.name for a in op._opoverload._schema.arguments]
+        body = planned(body, names.index("scale" if "scale" in names else "num_heads"), names.index("g"))
     return EagerOp.over(op, body, mutates), EagerOp.over(twin, run_on_cpu, mutates)
 
 

@@ -1,10 +1,15 @@
-"""In-place decode steps on a GPU that repeat an earlier one: checks, dispatch and Triton's search for the kernel are left out.
+"""Eager calls on a GPU that repeat an earlier one: checks, dispatch and Triton's search for kernels are left out.
 
-Such a step takes the GPU a few microseconds, so what the CPU does for it counts.  All of that follows from the scalars and from
-sizes, dtypes and the like of the tensors, which one call of the guards of ``torch.compile`` compares.
+A call of little work takes the GPU some ten microseconds, so what the CPU does for it counts.  All of that follows from the
+scalars and from sizes, dtypes and the like of the tensors, which one call of the guards of ``torch.compile`` compares.  The
+second call of a kind is recorded as it runs: which kernels it launches, on which of its inputs, results and temporaries.  From
+then on such a call allocates the latter two and launches those kernels.
 """
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import reduce
 from operator import or_
 from typing import Any, NamedTuple
@@ -12,124 +17,209 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .ahead import Launch
 from .eager import TENSORS, no_hidden_observer, unobserved
 
 try:
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # it is not public; without it there are no plans
-    TensorGuards = None  # type: ignore[assignment, misc]
+    guards: Any = importlib.import_module("torch._C._dynamo.guards")
+    TensorGuards = guards.TensorGuards
+    ALLOCATORS = {"cpu": guards._empty_strided_cpu, "cuda": guards._empty_strided_cuda}  # those of Inductor's wrappers
+except (ImportError, AttributeError):  # they are not public; without them there are no plans
+    TensorGuards = None
 
-__all__ = ["keep_step", "repeat_step"]
+__all__ = ["Recording", "planned", "recording", "repeat", "run"]
 
 Key = tuple[Any, ...]
-Launch = Callable[..., None]
+Results = tuple[Tensor, ...]
+Work = Callable[..., Results]
+Tensors = Sequence[Tensor | None]
+Replay = Callable[[Sequence[int]], None]
+
+
+class Recording:
+    """What a call launches, in order."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, Launch]] = []  # the compiled kernel of each
+        self.whole = True  # whether the launches are all that the call does to tensors
 
 
 class _Plan(NamedTuple):
-    """Holds no tensor."""
+    """Holds no tensor. Addresses are numbered: those of the inputs, the results, the temporaries."""
 
-    check: Callable[..., bool]  # type, dtype, device, sizes, strides, requires_grad, dispatch keys of all tensors
+    check: Callable[..., bool]  # type, dtype, device, sizes, strides, requires_grad, dispatch keys of all inputs
     device: int
-    shape: tuple[int, ...]  # of o
-    launch: Launch
+    differentiable: bool  # where gradients are recorded, such a call is not its launches alone
+    strided: tuple[int, ...]  # inputs that are copied
+    new: Callable[[Sequence[int], Sequence[int], torch.dtype], Tensor]  # of a size, strides and a dtype
+    results: tuple[tuple[Sequence[int], Sequence[int], torch.dtype], ...]
+    blocks: tuple[tuple[Sequence[int], Sequence[int], torch.dtype], ...]  # of bytes, for temporaries
+    temporaries: tuple[tuple[int, int], ...]  # block, offset in bytes
+    replay: Replay
 
 
-LIMIT = 64  # of keys, and of plans under each
-_steps: dict[Key, list[_Plan]] = {}  # the lists are replaced, never changed, and the last plan used comes first
+LIMIT = 256  # of keys,
+ALIKE = 8  # and of plans under each
+BLOCK = 10 * 2**20  # bytes from which a temporary has a block of its own, as it has in torch's allocator
+_plans: dict[Key, list[_Plan] | None] = {}  # None: cannot be repeated; the lists are replaced, never changed
+_recording: ContextVar[Recording | None] = ContextVar("gka_recording", default=None)
 
 
-def _key(state: Any, g: Any, gk: Any, alpha: Any, beta: Any, scale: Any, ridge_ratio: Any, num_iter: Any) -> Key | None:
-    """What is no tensor; None where equal keys would not mean equal calls, for 3.0 and True equal ints."""
-    if (
-        type(num_iter) is int
-        and type(ridge_ratio) is float
-        and (scale is None or type(scale) is float)
-        and isinstance(state, tuple)
-        and len(state) == 2
-    ):
-        return scale, ridge_ratio, num_iter, g is None, gk is None, gk is g, alpha is None, beta is None
-    return None
+def recording() -> Recording | None:
+    """Where launches of this thread are recorded as they are done."""
+    return _recording.get()
 
 
-def _distinct(q: Any, k: Any, v: Any, state: Any, g: Any, gk: Any, alpha: Any, beta: Any) -> list[Any]:
-    """The tensors; one decay for both once, for the guards refuse two of the same."""
-    return [q, k, v, *state, *(t for t in (g, None if gk is g else gk, alpha, beta) if t is not None)]
+@contextmanager
+def _record() -> Iterator[Recording]:
+    made = Recording()
+    token = _recording.set(made)
+    try:
+        yield made
+    finally:
+        _recording.reset(token)
 
 
-def _addresses(q: Any, k: Any, v: Any, state: Any, g: Any, gk: Any, alpha: Any, beta: Any) -> list[int]:
-    """Of q, k, v, h, u, g, gk, alpha and beta; of an absent gate q's."""
-    gates = (q if g is None else g, q if gk is None else gk, q if alpha is None else alpha, q if beta is None else beta)
-    return list(map(Tensor.data_ptr, (q, k, v, *state, *gates)))
+def _read(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...]) -> tuple[Key, list[Tensor]]:
+    """All that is no tensor, and the tensors, each once, for the guards refuse two of the same."""
+    if tensors[decay] is tensors[decay + 1]:
+        tensors = (*tensors[:decay], *tensors[decay + 1 :])
+    kinds = (*map(type, tensors), *map(type, constants))  # 3.0 and True equal ints
+    return (what, constants, kinds, getattr(tensors[0], "shape", None)), [t for t in tensors if t is not None]
 
 
-def _aligned(addresses: list[int]) -> bool:
-    """Whether all are multiples of 16, as those that the kernel is compiled for."""
+def _aligned(addresses: Sequence[int]) -> bool:
+    """Whether all are multiples of 16, as those that kernels are compiled for."""
     return not reduce(or_, addresses) & 15
 
 
-def repeat_step(*call: Any) -> Tensor | None:
-    """A step in place by its plan: o; None, and the states as they were, where there is no plan for such a call.
+def repeat(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...], mutated: Sequence[Tensor] = ()) -> Results | None:
+    """A call by its plan: its results; None, and nothing done, where there is no plan for such a call.
 
     Args:
-        call: q, k, v, state, g, gk, alpha, beta, scale, ridge_ratio, num_iter of ``step_gka``, unchecked.
+        what, tensors, decay, constants: as in :func:`run`, unchecked.
+        mutated: those of the tensors that the call changes.
     """
-    if not no_hidden_observer():  # the guards see the others
+    if not no_hidden_observer() or _recording.get() is not None:  # the guards see the other observers
         return None
-    key = _key(*call[3:])
-    if key is None:
+    key, inputs = _read(what, tensors, decay, constants)
+    try:
+        plans = _plans.get(key)
+    except TypeError:  # a list for a number
         return None
-    plans, tensors = _steps.get(key, []), _distinct(*call[:8])
-    for plan in plans:
-        if plan.check(*tensors):
+    for plan in plans or ():
+        if plan.check(*inputs):
             break
     else:
         return None
-    if plan is not plans[0]:
-        _steps[key] = [plan, *(p for p in plans if p is not plan)]
-    addresses = _addresses(*call[:8])
-    if not _aligned(addresses) or plan.device != torch.cuda.current_device():
+    if (plan.differentiable and torch.is_grad_enabled()) or plan.device != torch.cuda.current_device():
         return None
-    o: Tensor = call[0].new_empty(plan.shape)
-    torch._C._increment_version(call[3])
-    plan.launch(*addresses, o.data_ptr())
-    return o
+    for i in plan.strided:
+        inputs[i] = inputs[i].contiguous()
+    addresses = [*map(Tensor.data_ptr, inputs)]
+    if not _aligned(addresses):
+        return None
+    new = plan.new
+    results = (*[new(*made) for made in plan.results],)
+    addresses += map(Tensor.data_ptr, results)
+    if plan.blocks:
+        blocks = [new(*made) for made in plan.blocks]
+        begins = [*map(Tensor.data_ptr, blocks)]
+        addresses += [begins[i] + offset for i, offset in plan.temporaries]
+    if mutated:
+        torch._C._increment_version(mutated)
+    plan.replay(addresses)
+    return results
 
 
-def keep_step(call: tuple[Any, ...], o: Tensor, plan: Callable[[], Launch | None]) -> None:
-    """After a step in place that gave o: keep a plan for its like, if it may have one.
+def run(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...], work: Work) -> Results:
+    """``work(*tensors)``, recorded where it can be and such a call was seen before.
 
-    It may not where more was to be done than a step on the current GPU (autograd, autocast, copies of strided inputs), nor where an
-    address is no multiple of 16.
+    It cannot where more is to be done than launches on the current GPU (autograd, autocast), nor where an address is no multiple
+    of 16, or that of two tensors.
 
     Args:
-        call: as in :func:`repeat_step`; it has passed all checks.
-        plan: gives the launch, None where nothing is launched.
+        what: the kind of the call.
+        tensors: those given, checked; they may be copied on the way to ``work``.
+        decay: where g is among them, which is followed by gk; these two may be one tensor.
+        constants: all else that the call depends on.
+        work: does the call, and returns new contiguous tensors. Tensors that it changes are contiguous.
     """
-    # AMD's kernels depend on the size of a tensor's storage, too
-    if not unobserved() or TensorGuards is None or torch.version.hip is not None:
-        return
-    q, key, tensors = call[0], _key(*call[3:]), _distinct(*call[:8])
-    if not (
-        q.is_cuda
-        and key is not None
-        and not torch.is_autocast_enabled("cuda")
-        and TENSORS.issuperset(map(type, tensors))
-        and not torch._C._any_requires_grad(*tensors)  # in any grad mode, for which the guards do not ask
-        and all(map(Tensor.is_contiguous, tensors))
-        and not any(map(Tensor.is_neg, tensors))
-        and len({*map(id, tensors)}) == len(tensors)
-        and _aligned(_addresses(*call[:8]))
-        and q.get_device() == torch.cuda.current_device()
+    if (
+        not unobserved()  # first, for Dynamo stops here
+        or _recording.get() is not None
+        or TensorGuards is None
+        or torch.version.hip is not None  # AMD's kernels depend on the size of a tensor's storage, too
     ):
-        return
-    launch = plan()
-    if launch is None:
-        return
-    sizes = [[*t.shape] for t in tensors]
-    strides = [[None if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)] for t in tensors]
-    guards: Any = TensorGuards
-    check = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    if key not in _steps and len(_steps) >= LIMIT:
-        _steps.pop(next(iter(_steps)), None)  # the oldest
-    plans = [_Plan(check, q.get_device(), tuple(o.shape), launch), *_steps.get(key, ())]
-    _steps[key] = plans[:LIMIT]
+        return work(*tensors)
+    key, inputs = _read(what, tensors, decay, constants)
+    differentiable = torch._C._any_requires_grad(*inputs)
+    if not (
+        TENSORS.issuperset(map(type, inputs))
+        and all(x.is_cuda for x in inputs)
+        and not (differentiable and torch.is_grad_enabled())
+        and not torch.is_autocast_enabled("cuda")
+        and not any(map(Tensor.is_neg, inputs))
+        and inputs[0].get_device() == torch.cuda.current_device()
+    ):
+        return work(*tensors)
+    if key not in _plans:
+        if len(_plans) >= LIMIT:
+            _plans.pop(next(iter(_plans)), None)  # the oldest
+        _plans[key] = []
+        return work(*tensors)
+    known = _plans.get(key)
+    copies = [] if known is None else [x.contiguous() for x in inputs]
+    addresses = [*map(Tensor.data_ptr, copies)]
+    if known is None or not (all(addresses) and len({*addresses}) == len(addresses) and _aligned(addresses)):
+        return work(*tensors)
+    sizes = [[*t.shape] for t in inputs]
+    strides = [[None if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)] for t in inputs]
+    check = TensorGuards(*inputs, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    given = dict(zip(map(id, inputs), copies, strict=True))
+    with _record() as made:
+        results = work(*[None if t is None else given[id(t)] for t in tensors])
+    strided = tuple([i for i, x in enumerate(inputs) if copies[i] is not x])
+    plan = _plan(made, copies, results)
+    own = check, inputs[0].get_device(), differentiable, strided, ALLOCATORS[inputs[0].device.type]
+    _plans[key] = None if plan is None else [_Plan(*own, *plan), *known][:ALIKE]
+    return results
+
+
+def _plan(made: Recording, inputs: Sequence[Tensor], results: Results) -> tuple[Any, ...] | None:
+    """(results, blocks, temporaries, replay) of what was recorded; None where it cannot be repeated."""
+    from .kernels.launch import replay
+
+    if not (made.whole and made.launches):
+        return None
+    places = {x.data_ptr(): i for i, x in enumerate((*inputs, *results))}
+    taken = {x.untyped_storage().data_ptr() for x in (*inputs, *results)}
+    blocks, temporaries = [0], list[tuple[int, int]]()  # the first block holds all small ones
+    for x in (x for _, launch in made.launches for x in launch.args if isinstance(x, Tensor)):
+        if x.data_ptr() in places:
+            continue
+        storage = x.untyped_storage()
+        if storage.data_ptr() in taken or x.storage_offset():
+            return None  # a part of something
+        places[x.data_ptr()] = len(inputs) + len(results) + len(temporaries)
+        size = storage.nbytes()
+        if size < BLOCK:
+            temporaries.append((0, blocks[0]))
+            blocks[0] += (size + 255) // 256 * 256
+        else:
+            temporaries.append((len(blocks), 0))
+            blocks.append(size)
+    new = [((*x.shape,), x.stride(), x.dtype) for x in results]
+    bytes_ = [((size,), (1,), torch.uint8) for size in blocks] if temporaries else []
+    return tuple(new), tuple(bytes_), tuple(temporaries), replay(made.launches, places, inputs[0].get_device())
+
+
+def planned(body: Callable[..., Any], tensors: int, decay: int) -> Callable[..., Any]:
+    """An op's body with plans; its first arguments, as many as ``tensors``, are tensors or None. It changes none of them."""
+
+    def call(*args: Any) -> Any:
+        given, constants = args[:tensors], args[tensors:]
+        results = repeat(body, given, decay, constants)
+        return run(body, given, decay, constants, lambda *given: body(*given, *constants)) if results is None else results
+
+    return call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ def _chunk(
     *states, h_out, u_out = ops.chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, num_heads, chunk_size)
     o, *_ = ops.chunk_output(q, k, v, g, gk, alpha, beta, h0, u0, *states, cu_seqlens, scale, ridge_ratio, num_iter, chunk_size)
     return o, h_out, u_out
+
+
+def _pair(state: Any) -> tuple[Any, Any]:
+    """h and u of what may be no state at all; :mod:`.validation` says so."""
+    return state if isinstance(state, (tuple, list)) and len(state) == 2 else (None, None)  # type: ignore[return-value]
 
 
 def chunk_gka(
@@ -105,6 +110,10 @@ def chunk_gka(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    given = (q, k, v, g, gk, alpha, beta, *_pair(initial_state), cu_seqlens)
+    options = (scale, ridge_ratio, num_iter, initial_state is None, output_final_state)
+    if (done := plans.repeat(chunk_gka, given, 3, options)) is not None:
+        return done[0], GKAState(*done[1:]) if output_final_state else None
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
     check_chunk(q, k, v, gates, scale, ridge_ratio, num_iter, initial_state, cu_seqlens)
     q, k, v = _autocast(q, k, v)
@@ -117,8 +126,9 @@ def chunk_gka(
     if not torch.compiler.is_compiling():
         sizes = (T, *pieces.piece_lengths(k, v, H, C)) if cu_seqlens is None else (T, cu_seqlens.shape[0] - 1)
         ahead.compile_ahead(_chunk, tensors, constants, (k.shape[2], K, V), sizes)
-    o, h_out, u_out = _chunk(*tensors, *constants)
-    return o, GKAState(h_out, u_out) if output_final_state else None
+    wanted = 3 if output_final_state else 1
+    o, *state = plans.run(chunk_gka, tensors, 3, options, lambda *tensors: _chunk(*tensors, *constants)[:wanted])  # type: ignore[call-arg]
+    return o, GKAState(*state) if output_final_state else None
 
 
 def step_gka(
@@ -149,29 +159,28 @@ def step_gka(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    call = (q, k, v, state, g, gk, alpha, beta, scale, ridge_ratio, num_iter)
-    if inplace:
-        done = plans.repeat_step(*call)
-        if done is not None:
-            return done, state if isinstance(state, GKAState) else GKAState(*state)
+    before = _pair(state)
+    options = (scale, ridge_ratio, num_iter, inplace)
+    done = plans.repeat(step_gka, (q, k, v, *before, g, gk, alpha, beta), 5, options, before if inplace else ())
+    if done is not None:
+        return done[0], GKAState(*(before if inplace else done[1:]))
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
     check_step(q, k, v, state, gates, scale, ridge_ratio, num_iter)
     q, k, v = _autocast(q, k, v)
     h, u = state
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    args = (q, k, v, h, u, g, gk, alpha, beta, scale, float(ridge_ratio), num_iter)
+    constants = (q.shape[-1] ** -0.5 if scale is None else float(scale), float(ridge_ratio), num_iter)
+    tensors = (q, k, v, h, u, g, gk, alpha, beta)
     if not inplace:
-        o, h, u = ops.step(*args)
+        o, h, u = plans.run(step_gka, tensors, 5, options, lambda *tensors: ops.step(*tensors, *constants))
         return o, GKAState(h, u)
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in tensors):
         raise ValueError(
             "inplace: expected no argument that requires grad, got one that does: use torch.no_grad() or inplace=False"
         )
     for name, x in (("state.h_kk", h), ("state.h_kv", u)):
         if not x.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor to update in place, got strides {x.stride()}")
-    o = ops.step_(*args)
-    plans.keep_step(call, o, lambda: ops.plan_step(*args))
+    (o,) = plans.run(step_gka, tensors, 5, options, lambda *tensors: (ops.step_(*tensors, *constants),))
     return o, GKAState(h, u)
 
 

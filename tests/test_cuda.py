@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import DEVICE, relative_error
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gka_compile import chunk_gka, step_gka
 from gka_compile.custom_ops import config, pieces, plans, recurrent_gka
+from gka_compile.custom_ops.kernels import launch
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 Dim = torch.export.Dim
@@ -163,10 +166,10 @@ def steps(
 @pytest.mark.parametrize("gates", [(), ("gk", "beta"), ("g", "gk", "alpha", "beta")], ids=str)
 def test_repeated_steps_are_the_ops(gates: tuple[str, ...], move: int) -> None:
     """Plans, the op and the functional step: the same bits, whatever num_iter was before and on whatever stream."""
-    plans._steps.clear()
-    num_iters = (30, 30, 7, 30, 7, 1, 30)
+    plans._plans.clear()
+    num_iters = (30, 30, 7, 30, 7, 1, 30, 7)
     found = steps("inplace", num_iters, gates, move)
-    assert len(plans._steps) == (0 if move else 3)
+    assert sum(map(bool, plans._plans.values())) == (0 if move else 2)  # of 30 and of 7, each seen more than once
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -180,11 +183,70 @@ def test_repeated_steps_are_the_ops(gates: tuple[str, ...], move: int) -> None:
             assert torch.equal(x, y)
 
 
+class Observer(TorchDispatchMode):
+    """Calls that it sees go through the dispatcher."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sizes", [(1, 128, 4, 4, 128), (2, 300, 4, 2, 64), (1, 1, 2, 1, 24), (1, 2048, 4, 4, 64)], ids=str)
+def test_repeated_sequences_are_the_ops(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and training by plans, on another stream and in a CUDA graph, and without: the same bits."""
+    plans._plans.clear()
+    replay, replays = launch.replay, 0
+
+    def counting(*args: Any) -> Any:
+        again = replay(*args)
+
+        def counted(addresses: Any) -> None:
+            nonlocal replays
+            replays += 1
+            again(addresses)
+
+        return counted
+
+    monkeypatch.setattr(launch, "replay", counting)
+    other = inputs(*sizes)
+    given = tuple(x.roll(1, 0).flip(1) if x.dim() < 4 or x.shape[1] == sizes[1] else x + 0 for x in other)
+
+    def prefill(given: tuple[Tensor, ...]) -> list[Tensor]:
+        with torch.no_grad():
+            return [*Prefill()(*given)]
+
+    def train(given: tuple[Tensor, ...]) -> list[Tensor]:
+        return with_gradients(Prefill(), given)
+
+    for call, planned in ((prefill, 1), (train, 3)):
+        for _ in range(2):
+            call(other)
+        before = replays
+        found = [call(given)]
+        assert replays == before + planned
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found.append(call(given))
+        stream.synchronize()
+        if call is prefill:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found.append(call(given))
+            assert replays == before + 3
+            graph.replay()
+        with Observer():
+            expected = call(given)
+        for results in found:
+            for x, y in zip(results, expected, strict=True):
+                assert torch.equal(x, y)
+
+
 def test_steps_are_captured_in_a_cuda_graph() -> None:
     q, k, v, g, alpha, beta, h, u = inputs(2, None)
     expected, new = step_gka(q, k, v, (h, u), g, g, alpha, beta=beta)
     state = (h.clone(), u.clone())
-    step_gka(q, k, v, (h.clone(), u.clone()), g, g, alpha, beta=beta, inplace=True)
+    for _ in range(2):
+        step_gka(q, k, v, (h.clone(), u.clone()), g, g, alpha, beta=beta, inplace=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         o, _ = step_gka(q, k, v, state, g, g, alpha, beta=beta, inplace=True)
@@ -195,13 +257,13 @@ def test_steps_are_captured_in_a_cuda_graph() -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_step_on_another_than_the_current_gpu() -> None:
-    plans._steps.clear()
     q, k, v, g, alpha, beta, h, u = inputs(2, None)
     expected = step_gka(q, k, v, (h, u), g, g, alpha, beta=beta)
     q, k, v, g, alpha, beta, h, u = (x.to("cuda:1") for x in (q, k, v, g, alpha, beta, h, u))
-    for current in (0, 1, 1):
+    plans._plans.clear()
+    for current in (0, 1, 1, 1):
         with torch.cuda.device(current):
             o, state = step_gka(q, k, v, (h.clone(), u.clone()), g, g, alpha, beta=beta, inplace=True)
         for x, y in zip((o, *state), (expected[0], *expected[1]), strict=True):
             assert torch.equal(x.cpu(), y.cpu())
-    assert len(plans._steps) == 1
+    assert sum(map(bool, plans._plans.values())) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import weakref
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gka_compile import GKAState, chunk_gka, step_gka
-from gka_compile.custom_ops import ops, plans
+from gka_compile.custom_ops import ahead, config, ops, plans
 
 GATES = ("g", "gk", "alpha", "beta")
 FORWARD = ["gka.chunk_state.default", "gka.chunk_output.default"]
@@ -65,6 +66,9 @@ class Functions(TorchFunctionMode):
 
 class Subclass(Tensor):
     pass
+
+
+CASE = Case("eager", T=20, H=4, Hk=2)  # two chunks, which a plan's temporaries must hold
 
 
 def inputs(T: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -235,16 +239,74 @@ def test_gradients_are_first_order(call: Callable[..., Any]) -> None:
 pretend = pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="test_cuda.py has the real ones")
 
 
+class Kernel:
+    """A compiled kernel, as far as plans know one; what it launches goes into a list."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, name: str, made: list[tuple[Any, ...]]) -> None:
+        self.name, self.made = name, made
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, stream: self.made.append((self.name, grid, stream, args))
+
+    def run(self, x: int, y: int, z: int, stream: Any, *rest: Any) -> None:
+        assert rest[:5] == (self.function, self.packed_metadata, None, None, None)
+        self.made.append((self.name, (x, y, z), stream, rest[5:]))
+
+
+class Launches:
+    """(kernel, grid, stream, arguments) of every launch; pointers are addresses."""
+
+    def __init__(self) -> None:
+        self.ordinary: list[tuple[Any, ...]] = []
+        self.planned: list[tuple[Any, ...]] = []
+        self.alive: list[Any] = []  # tensors, so that no address is used twice
+
+    def clear(self) -> None:
+        for made in (self.ordinary, self.planned, self.alive):
+            made.clear()
+
+
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Addresses of every launch of a plan; the stand-in launches nothing."""
-    made: list[tuple[int, ...]] = []
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Ops compute by the reference, and launch kernels that do nothing; a plan does that alone."""
+    triton = pytest.importorskip("triton")
+    from gka_compile.custom_ops import kernels
+
+    seen = Launches()
+
+    def launched(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Kernel:
+        values = kernel.signature.bind(*args, **{n: x for n, x in options.items() if n not in ("num_warps", "num_stages")})
+        pointers = [x.data_ptr() if isinstance(x, Tensor) else x for x in values.arguments.values()]
+        seen.alive.append(args)
+        seen.ordinary.append((kernel.__name__, (*grid, 1, 1)[:3], None, tuple(pointers)))
+        return Kernel(kernel.__name__, seen.planned)
+
+    def launching(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def both(*args: Any) -> Any:
+            out = call(*args)
+            with torch._library.triton.set_wrap_triton_enabled(False):
+                if name == "step_":
+                    kernels.launch_step(*args, (out, args[3], args[4]))
+                else:
+                    getattr(kernels, f"launch_{name}")(*args, out)
+            return out
+
+        return both
+
     torch.overrides.get_testing_overrides()  # Dynamo's table, made once, which reads is_cuda as the property that it is
     monkeypatch.setattr(Tensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # what get_device() says of a CPU tensor
-    monkeypatch.setattr(ops, "plan_step", lambda *_: lambda *addresses: made.append(addresses))
-    monkeypatch.setattr(plans, "_steps", {})
-    return made
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # nothing is compiled ahead
+    monkeypatch.setattr(config, "chunk_size", lambda *_: 16)
+    driver = type("Driver", (), {"get_current_stream": staticmethod(lambda device: ("stream", device))})
+    monkeypatch.setattr(type(triton.runtime.driver), "active", driver)
+    monkeypatch.setattr(triton.JITFunction, "run", launched)
+    for name in ("chunk_state", "chunk_output", "chunk_bwd", "step", "step_"):
+        monkeypatch.setattr(ops, f"{name}_cpu", launching(name, getattr(ops, f"{name}_cpu")))
+    monkeypatch.setattr(plans, "_plans", {})
+    return seen
 
 
 def step_arguments(dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
@@ -253,32 +315,99 @@ def step_arguments(dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     return {**one, "state": GKAState(made["h0"], made["u0"]), "inplace": True}
 
 
-@pretend
-def test_a_repeated_step_is_launched_by_its_plan(launches: list[tuple[int, ...]], dispatched: list[str]) -> None:
-    step_gka(**step_arguments())
-    assert launches == []
-    for gates in ((), ("beta",), GATES):  # other tensors; of an absent one any address will do
-        given = step_arguments()
-        given.update({n: None for n in GATES if n not in gates})
+def keep_plan(**given: Any) -> None:
+    """The first call of a kind is seen, the second recorded."""
+    for _ in range(2):
         step_gka(**given)
-        launches.clear()
-        version = given["state"].h_kv._version
-        o, state = step_gka(**given)
-        (addresses,) = launches
-        tensors = (given["q"], given["k"], given["v"], *given["state"], *(given[n] for n in GATES), o)
-        for address, x in zip(addresses, tensors, strict=True):
-            assert x is None or address == x.data_ptr()
-        assert (o.shape, o.dtype) == ((*given["v"].shape[:1], 4, 16), torch.bfloat16)
-        assert state.h_kk is given["state"].h_kk
-        assert state.h_kv._version > version
-    given |= {"gk": given["g"]}  # one decay for both
-    step_gka(**given)
-    step_gka(**given)
-    assert launches[1][5] == launches[1][6] == given["g"].data_ptr()
-    given |= {"gk": given["g"].clone()}
-    step_gka(**given)
-    assert launches[2][5] != launches[2][6] == given["gk"].data_ptr()
+
+
+def forward(made: dict[str, Tensor]) -> list[Tensor]:
+    given = {n: made[n] for n in GATES}
+    with torch.no_grad():
+        o, state = chunk_gka(*(made[n] for n in "qkv"), **given, initial_state=(made["h0"], made["u0"]), output_final_state=True)
+    return [o, *(state or ())]
+
+
+def functional_step(made: dict[str, Tensor]) -> list[Tensor]:
+    o, state = decode(made)
+    return [o, *state]
+
+
+def rows_apart(made: dict[str, Tensor]) -> dict[str, Tensor]:
+    """v lies in a wider tensor, as a part of a projection does."""
+    return made | {"v": torch.cat([made["v"], made["v"]], -1)[..., : made["v"].shape[-1]]}
+
+
+def one_decay(made: dict[str, Tensor]) -> dict[str, Tensor]:
+    return made | {"gk": made["g"]}
+
+
+@pretend
+@pytest.mark.parametrize("change", [dict, rows_apart, one_decay])
+@pytest.mark.parametrize("call", [forward, train, functional_step, decode_inplace])
+def test_a_repeated_call_is_launched_by_its_plan(call: Callable, change: Callable, launches: Launches, dispatched: list) -> None:
+    """The same launches as without a plan: kernels, grids, sizes, the tensors given; one address for another in all the rest."""
+    made = change(inputs(40, torch.bfloat16))
+    for _ in range(2):
+        call(change(inputs(40, torch.bfloat16)))
+        assert launches.planned == []
+    launches.clear()
+    dispatched.clear()
+    found = call(made)
+    assert launches.ordinary == []
     assert dispatched == []
+    with Recorder():
+        expected = call(made)
+    assert len(launches.planned) == len(launches.ordinary) > 0
+    moved: dict[int, int] = {}
+    for (name, grid, stream, args), (expected_name, expected_grid, _, expected_args) in zip(
+        launches.planned, launches.ordinary, strict=True
+    ):
+        assert (name, grid, stream) == (expected_name, expected_grid, ("stream", -1))
+        here: dict[int, int] = {}
+        for x, y in zip(args, expected_args, strict=True):
+            if isinstance(y, int) and y > 2**20:
+                assert here.setdefault(y, x) == moved.setdefault(y, x) == x
+                assert x % 16 == 0
+            else:
+                assert x == y
+                assert type(x) is type(y)
+        assert len({*here.values()}) == len(here)
+    if call in (forward, functional_step):
+        kept = {made[n].data_ptr() for n in made if made[n].is_contiguous()}
+        assert all(moved.get(address, address) == address for address in kept)
+        for x, y in zip(found, expected, strict=True):
+            assert moved[y.data_ptr()] == x.data_ptr()
+    for x, y in zip(found, expected, strict=True):
+        assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+@pretend
+def test_a_step_in_place_counts_as_a_change(launches: Launches) -> None:
+    given = step_arguments()
+    keep_plan(**given)
+    version = given["state"].h_kv._version
+    o, state = step_gka(**given)
+    assert len(launches.planned) == 1
+    assert (o.shape, o.dtype) == ((*given["v"].shape[:1], 4, 16), torch.bfloat16)
+    assert state.h_kk is given["state"].h_kk
+    assert state.h_kv._version > version
+    step_gka(**given | {"state": [*given["state"]]})
+    assert len(launches.planned) == 2
+
+
+@pretend
+def test_launch_hooks_see_planned_launches(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    keep_plan(**step_arguments())
+    step_gka(**step_arguments())
+    monkeypatch.setattr(triton.knobs.runtime.launch_exit_hook, "calls", [print])  # a profiler's
+    monkeypatch.setattr(Kernel, "run", None)
+    step_gka(**step_arguments())
+    (name, grid, stream, args), hooked = launches.planned
+    assert hooked[:3] == (name, grid, stream)
+    assert len(hooked[3]) == len(args)
 
 
 def misaligned(x: Tensor) -> Tensor:
@@ -300,18 +429,20 @@ def strided(x: Tensor) -> Tensor:
         {"g": lambda x: x.bfloat16()},
         {"q": misaligned},
         {"k": strided},
-        {"state": list},
         {"state": lambda s: GKAState(s.h_kk, misaligned(s.h_kv))},
         {"ridge_ratio": 1},
+        {"inplace": False},
+        {"g": "gk"},
+        {"beta": "alpha"},
     ],
 )
-def test_another_step_is_not_launched_by_that_plan(change: dict, launches: list[tuple[int, ...]]) -> None:
-    step_gka(**step_arguments())
+def test_another_step_is_not_launched_by_that_plan(change: dict, launches: Launches) -> None:
+    keep_plan(**step_arguments())
     given = step_arguments()
-    given.update({n: c(given[n]) if callable(c) else c for n, c in change.items()})
+    given.update({n: given[c] if isinstance(c, str) else c(given[n]) if callable(c) else c for n, c in change.items()})
     expected = step_gka(**{**given, "inplace": False})
     found = step_gka(**given)
-    assert launches == []
+    assert launches.planned == []
     for x, y in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
         assert torch.equal(x, y)
 
@@ -321,79 +452,114 @@ def test_another_step_is_not_launched_by_that_plan(change: dict, launches: list[
     "change",
     [
         {"q": misaligned},
-        {"k": strided},
-        {"state": list},
         {"state": lambda s: GKAState(s.h_kk, misaligned(s.h_kv))},
-        {"ridge_ratio": 1},
-        {"beta": lambda x: x.requires_grad_()},
         {"beta": "alpha"},
+        {"alpha": lambda x: x},
         {"g": torch._neg_view},
         {"q": lambda x: x.as_subclass(type("Subclass", (Tensor,), {}))},
+        {"q": lambda x: x[:0], "k": lambda x: x[:0], "v": lambda x: x[:0], "state": lambda s: GKAState(s.h_kk[:0], s.h_kv[:0])}
+        | {n: lambda x: x[:0] for n in GATES},
     ],
 )
 @torch.no_grad()
-def test_what_may_have_no_plan_gets_none(change: dict, launches: list[tuple[int, ...]]) -> None:
-    for _ in range(3):
+def test_what_may_have_no_plan_gets_none(change: dict, launches: Launches) -> None:
+    for _ in range(4):
         given = step_arguments()
-        given.update({n: given[c] if isinstance(c, str) else c(given[n]) if callable(c) else c for n, c in change.items()})
+        given.update({n: given[c] if isinstance(c, str) else c(given[n]) for n, c in change.items()})
+        if change.get("alpha"):
+            given["beta"] = given["alpha"].view(given["alpha"].shape)  # another tensor of the same address
         step_gka(**given)
-    assert launches == []
-    assert not plans._steps
+    assert launches.planned == []
+    assert not any(plans._plans.values())
 
 
 @pretend
-def test_modes_see_steps_that_have_plans(launches: list[tuple[int, ...]]) -> None:
-    step_gka(**step_arguments())
+def test_where_gradients_are_recorded_the_op_is_called(launches: Launches) -> None:
+    """A plan of no_grad for tensors that require grad."""
+    made = inputs(5)
+    leaves = {n: x.requires_grad_() for n, x in made.items()}
+    for _ in range(3):
+        forward(leaves)
+    assert launches.planned
+    launches.planned.clear()
+    o, _ = chunk_gka(*(leaves[n] for n in "qkv"), **{n: leaves[n] for n in GATES})
+    assert o.requires_grad
+    assert launches.planned == []
+
+
+@pretend
+def test_a_backward_in_pieces_has_no_plan(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does more to tensors than its launches do."""
+    made = inputs(40)
+    monkeypatch.setattr(config, "PIECE_BYTES", 1)
+    for _ in range(2):
+        train(made)
+    launches.clear()
+    train(made)
+    assert "chunk_solve_kernel" in {name for name, *_ in launches.planned}
+    assert "grads_through_u_kernel" not in {name for name, *_ in launches.planned}
+    assert "grads_through_u_kernel" in {name for name, *_ in launches.ordinary}
+
+
+@pretend
+def test_modes_see_calls_that_have_plans(launches: Launches) -> None:
+    keep_plan(**step_arguments())
+    known = len(plans._plans)
     for mode in (Recorder(), Functions()):
-        for ridge_ratio in (0.02, 0.5, 0.5):
+        for ridge_ratio in (0.02, 0.5, 0.5, 0.5):
             mode.seen.clear()
             with mode:
                 step_gka(**step_arguments(), ridge_ratio=ridge_ratio)
             assert mode.seen
     with forward_ad.dual_level():
         step_gka(**step_arguments())
-    assert launches == []
-    assert len(plans._steps) == 1
+    assert launches.planned == []
+    assert len(plans._plans) == known
 
 
 @pretend
-def test_steps_that_have_plans_are_compiled(launches: list[tuple[int, ...]]) -> None:
+def test_calls_that_have_plans_are_compiled(launches: Launches) -> None:
     targets: list[str] = []
 
     def backend(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         targets.extend(str(n.target) for n in module.graph.nodes if str(n.target).startswith("gka"))
         return module.forward
 
-    step_gka(**step_arguments())
+    keep_plan(**step_arguments())
     torch.compile(lambda given: step_gka(**given), fullgraph=True, backend=backend)(step_arguments())
     assert targets == ["gka.step_.default"]
-    assert launches == []
+    targets.clear()
+    made = inputs()
+    for _ in range(2):
+        forward(made)
+    torch.compile(forward, fullgraph=True, backend=backend)(made)
+    assert targets == FORWARD
+    assert launches.planned == []
 
 
 @pretend
-def test_autocast_has_no_plans(launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-    step_gka(**step_arguments())
+def test_autocast_has_no_plans(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_plan(**step_arguments())
+    known = len(plans._plans)
     with torch.autocast("cpu", torch.bfloat16):  # the device of the tensors, of which guards know
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
-        for ridge_ratio in (0.02, 0.02, 0.5, 0.5):
+        for ridge_ratio in (0.02, 0.02, 0.5, 0.5, 0.5):
             step_gka(**step_arguments(), ridge_ratio=ridge_ratio)
-    assert launches == []
-    assert sum(map(len, plans._steps.values())) == 1
+    assert launches.planned == []
+    assert len(plans._plans) == known
 
 
 @pretend
-def test_a_plan_is_for_one_device_and_any_stride_of_a_size_of_one(
-    launches: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_is_for_one_device_and_any_stride_of_a_size_of_one(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {n: x[:1] if isinstance(x, Tensor) else x for n, x in step_arguments().items()}
     given["state"] = GKAState(*(x[:1] for x in given["state"]))
-    step_gka(**given)
+    keep_plan(**given)
     step_gka(**given | {"g": given["g"].as_strided((1, 4), (96, 1))})
-    assert len(launches) == 1
+    assert len(launches.planned) == 1
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    step_gka(**given)
-    assert len(launches) == 1
-    assert sum(map(len, plans._steps.values())) == 1
+    for _ in range(3):
+        step_gka(**given)
+    assert len(launches.planned) == 1
 
 
 @pretend
@@ -417,106 +583,128 @@ def test_a_plan_is_for_one_device_and_any_stride_of_a_size_of_one(
         ({"v": lambda x: x.requires_grad_()}, ValueError, "inplace: expected no argument that requires grad"),
     ],
 )
-def test_bad_input_beside_a_plan_is_named(change: dict, error: type, message: str, launches: list[tuple[int, ...]]) -> None:
-    step_gka(**step_arguments(), num_iter=1)
-    for _ in range(2):  # what failed once leaves no plan
+def test_bad_input_beside_a_plan_is_named(change: dict, error: type, message: str, launches: Launches) -> None:
+    keep_plan(**step_arguments(), num_iter=1)
+    for _ in range(3):  # what failed once leaves no plan
         given = step_arguments() | {"num_iter": 1}
         given.update({n: c(given[n]) if callable(c) else c for n, c in change.items()})
         with pytest.raises(error, match=message):
             step_gka(**given)
-    assert launches == []
+    assert launches.planned == []
 
 
 @pretend
-def test_a_tensor_that_stands_for_an_absent_gate_is_no_gate(launches: list[tuple[int, ...]]) -> None:
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"initial_state": (None, None)}, TypeError, "initial_state.h_kk: expected a Tensor, got NoneType"),
+        ({"initial_state": 3}, TypeError, "initial_state: expected a GKAState"),
+        ({"cu_seqlens": [0, 5]}, TypeError, "cu_seqlens: expected a Tensor, got list"),
+        ({"q": [1.0]}, TypeError, "q: expected a Tensor, got list"),
+        ({"ridge_ratio": {}}, TypeError, "ridge_ratio: expected a float, got dict"),
+    ],
+)
+@torch.no_grad()
+def test_bad_sequences_beside_a_plan_are_named(change: dict, error: type, message: str, launches: Launches) -> None:
+    made = inputs()
+    given = {n: made[n] for n in ("q", "k", "v", *GATES)}
+    for _ in range(3):
+        chunk_gka(**given)
+    assert launches.planned
+    launches.planned.clear()
+    for _ in range(3):
+        with pytest.raises(error, match=message):
+            chunk_gka(**given | change)
+    assert launches.planned == []
+
+
+@pretend
+def test_a_tensor_that_stands_for_an_absent_gate_is_no_gate(launches: Launches) -> None:
     given = step_arguments() | {"beta": None}
-    step_gka(**given)
+    keep_plan(**given)
     with pytest.raises(ValueError, match="beta: expected shape"):
         step_gka(**given | {"beta": given["q"]})
-    assert launches == []
+    assert launches.planned == []
 
 
 @pretend
-def test_batches_of_many_sizes_have_a_plan_each(launches: list[tuple[int, ...]]) -> None:
-    whole = step_arguments()
-
-    def step(B: int) -> Any:
-        given = {n: x.repeat(B, *[1] * (x.dim() - 1))[:B] for n, x in whole.items() if isinstance(x, Tensor)}
-        return step_gka(**given, state=GKAState(*(x[:1].repeat(B, 1, 1, 1) for x in whole["state"])), inplace=True)[0]
-
-    for B in range(1, plans.LIMIT + 3):
-        step(B)
-    assert launches == []
-    for B in (plans.LIMIT + 2, 3, 40, 3, 40):
-        assert len(step(B)) == B
-    assert len(launches) == 5
-    (found,) = plans._steps.values()
-    assert len(found) == plans.LIMIT
-    assert [plan.shape[0] for plan in found[:3]] == [40, 3, plans.LIMIT + 2]
+def test_one_gate_for_another_has_a_plan_of_its_own(launches: Launches) -> None:
+    given = step_arguments()
+    keep_plan(**given | {"gk": None})
+    step_gka(**given | {"g": None})
+    assert launches.planned == []
 
 
 @pretend
-def test_plans_are_bounded_and_hold_no_tensors(launches: list[tuple[int, ...]]) -> None:
+def test_plans_are_bounded_and_hold_no_tensors(launches: Launches) -> None:
     given = step_arguments()
     for n in range(plans.LIMIT + 3):
-        step_gka(**given, num_iter=1, ridge_ratio=1.0 + n)
-    assert len(plans._steps) == plans.LIMIT
+        keep_plan(**given, num_iter=1, ridge_ratio=1.0 + n)
+    assert len(plans._plans) == plans.LIMIT
     for n in (plans.LIMIT + 2, 3):  # the latest, and the oldest that is left
         step_gka(**given, num_iter=1, ridge_ratio=1.0 + n)
-    assert len(launches) == 2
+    assert len(launches.planned) == 2
+    for n in range(plans.ALIKE + 2):  # strides are not in the key
+        step_gka(**given | {"k": torch.stack([given["k"]] * (n + 2), -1)[..., 0]}, num_iter=1, ridge_ratio=6.0)
+    assert max(map(len, filter(None, plans._plans.values()))) == plans.ALIKE
     q = weakref.ref(given["q"])
     del given
+    launches.clear()
     gc.collect()
     assert q() is None
 
 
-@pytest.mark.skipif(INTERPRETED, reason="nothing is launched in the interpreter")
-@pytest.mark.parametrize("gates", [(), ("gk", "beta"), GATES], ids=str)
-def test_a_plan_passes_what_a_launch_passes(gates: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arguments of the kernel in their order, by Triton's own binding of those that ``launch_step`` gives."""
-    triton = pytest.importorskip("triton")
-    from gka_compile.custom_ops.kernels import decode as module
+class Interpreted(Kernel):
+    """A kernel that the interpreter runs, on the addresses that it is given."""
 
-    calls: list[tuple[Any, ...]] = []
+    def __init__(self, launch: ahead.Launch) -> None:
+        super().__init__("interpreted", [])
+        self.launch = launch
 
-    class Compiled:
-        function, packed_metadata = "function", "metadata"
+    def run(self, x: int, y: int, z: int, stream: Any, *rest: Any) -> None:
+        given, values = self.launch, rest[5:]
+        args: list[Any] = list(values)
+        for i, old in enumerate(given.args):
+            if isinstance(old, Tensor):  # the interpreter asks for the address and the dtype
+                one = (ctypes.c_byte * max(1, old.itemsize)).from_address(values[i])
+                args[i] = torch.frombuffer(one, dtype=old.dtype, count=1)
+        names = given.kernel.arg_names[len(given.args) :]
+        given.kernel[(x, y, z)](*args[: len(given.args)], **dict(zip(names, args[len(given.args) :], strict=True)))
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *args, stream: calls.append((grid, args, stream))
 
-        def run(self, *args: Any) -> None:
-            assert args[4:9] == ("function", "metadata", None, None, None)
-            calls.append((args[:3], args[9:], args[3]))
+@pytest.mark.skipif(not INTERPRETED, reason="runs the kernels of a plan in the interpreter")
+@pytest.mark.parametrize("call", [forward, train, functional_step, decode_inplace])
+def test_a_plan_computes_what_the_call_does(call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gka_compile.custom_ops.kernels import launch as module
 
-    def run(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Compiled:
-        settings = {n: options.pop(n) for n in ("num_warps", "num_stages")}
-        bound = kernel.signature.bind(*args, **options)
-        calls.append((warmup, (*grid, 1, 1)[:3], tuple(bound.arguments.values()), settings))
-        return Compiled()
+    replay, replays = module.replay, 0
 
-    driver = type("Driver", (), {"get_current_stream": staticmethod(lambda device: ("stream", device))})
-    monkeypatch.setattr(type(triton.runtime.driver), "active", driver)
-    monkeypatch.setattr(triton.JITFunction, "run", run)
-    one = step_arguments()
-    q, k, v, h, u = one["q"], one["k"], one["v"], *one["state"]
-    tensors = [q, k, v, h, u, *(one[n] if n in gates else None for n in GATES)]
-    o = torch.empty_like(q)
-    with torch._library.triton.set_wrap_triton_enabled(False):
-        module.launch_step(*tensors, 0.25, 0.02, 30, (o, h, u))
-    launch = module.plan_step(*tensors, 0.25, 0.02, 30)
-    assert launch is not None
-    addresses = [*((q if t is None else t).data_ptr() for t in tensors), o.data_ptr()]
-    launch(*addresses)
-    with monkeypatch.context() as m:  # a profiler's
-        m.setattr(triton.knobs.runtime.launch_exit_hook, "calls", [print])
-        m.setattr(Compiled, "run", None)
-        launch(*addresses)
-    (_, grid, launched, settings), (warmup, _, _, planned), *replays = calls
-    assert warmup
-    assert settings == planned
-    assert len(replays) == 2
-    for at, replayed, stream in replays:
-        assert at == grid
-        assert stream == ("stream", q.get_device())
-        assert replayed == tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in launched)
+    def interpreting(launches: Any, *rest: Any) -> Any:
+        nonlocal replays
+        again = replay([(Interpreted(done), done) for _, done in launches], *rest)
+
+        def counted(addresses: Any) -> None:
+            nonlocal replays
+            replays += 1
+            again(addresses)
+
+        return counted
+
+    driver = type("Driver", (), {"active": type("Active", (), {"get_current_stream": staticmethod(lambda device: device)})})
+    monkeypatch.setattr(module, "driver", driver)
+    monkeypatch.setattr(module, "replay", interpreting)
+    monkeypatch.setattr(Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(config, "CPU_CHUNK", 16)
+    monkeypatch.setattr(plans, "_plans", {})
+    for seed in (0, 1):
+        call(rows_apart(make_inputs(CASE, torch.bfloat16, seed=seed)))
+    assert replays == 0
+    made = rows_apart(make_inputs(CASE, torch.bfloat16, seed=2))
+    found = call(made)
+    assert replays == (3 if call is train else 1)  # of whole calls, or of their ops
+    with Recorder():
+        expected = call(made)
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)

@@ -1,4 +1,4 @@
-"""The Triton source itself, without a GPU: test_ops.py and test_functional.py once more under TRITON_INTERPRET=1."""
+"""The Triton source itself, without a GPU: tests that run kernels once more under TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already interpreting")
-@pytest.mark.parametrize("file", ["test_ops.py", "test_functional.py"])
+@pytest.mark.parametrize("file", ["test_ops.py", "test_functional.py", "test_eager.py"])
 def test_interpreted(file: str) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     environment = {**kept, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

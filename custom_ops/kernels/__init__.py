@@ -1,7 +1,7 @@
 """Triton kernels and the launchers of the ops."""
 
 from .backward import launch_chunk_bwd
-from .decode import launch_step, plan_step
+from .decode import launch_step
 from .output import launch_chunk_output
 from .state import launch_chunk_state
 
@@ -10,5 +10,4 @@ __all__ = [
     "launch_chunk_output",
     "launch_chunk_state",
     "launch_step",
-    "plan_step",
 ]

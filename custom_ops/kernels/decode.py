@@ -1,17 +1,15 @@
 """step and step_: one token of every sequence, states updated on the way through."""
 
-from collections.abc import Callable
 from typing import Any
 
 import triton
 import triton.language as tl
-from triton import knobs
-from triton.runtime import driver
 
+from .. import config
 from .launch import Tensors, block, compact, on_device, polynomial, present, settings, wrap_triton
 from .tile import reciprocal
 
-__all__ = ["launch_step", "plan_step", "step_kernel"]
+__all__ = ["launch_step", "step_kernel"]
 
 
 @triton.jit
@@ -49,6 +47,7 @@ def step_kernel(
     V: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    BU: tl.constexpr,
     PARTS: tl.constexpr,
     NUM_ITER: tl.constexpr,
     TAU: tl.constexpr,
@@ -60,6 +59,8 @@ def step_kernel(
     HAS_BETA: tl.constexpr,
 ):
     """Grid (B · H). H stays in registers through all iterations: a thread holds a row, and shares t with the others.
+
+    The first BU columns of U are loaded beside H, so that they come in while the iterations run.
 
     With as many threads as rows, loads and stores of 4 bytes give it that row alone, and H, being symmetric, is read by columns,
     so that a warp's addresses follow one another. That is what max_contiguous is for: with the 16 bytes that are there to be had,
@@ -77,6 +78,9 @@ def step_kernel(
     place = tl.max_contiguous(row[None, :] * K + row[:, None], [1, 1])
     inside = (row[:, None] < K) & (row[None, :] < K)
     h = tl.load(h_ptr + pid * (K * K) + place, mask=inside, other=0.0)
+    column = tl.arange(0, BU)
+    u_place = pid * (K * V) + row[:, None] * V + column[None, :]
+    u = tl.load(u_ptr + u_place, mask=(row[:, None] < K) & (column[None, :] < V), other=0.0)
     if HAS_GK:
         h *= tl.exp(scalar(gk_ptr, pid, 0.0, HAS_GK))
     h += k[:, None] * k[None, :]
@@ -103,17 +107,18 @@ def step_kernel(
     if HAS_ALPHA:
         m = q + scalar(alpha_ptr, pid, 1.0, HAS_ALPHA) * (x - q)
 
-    column = tl.arange(0, BV)
-    u_place = pid * (K * V) + row[:, None] * V + column[None, :]
-    u_inside = (row[:, None] < K) & (column[None, :] < V)
-    v = tl.load(v_ptr + kv_place * V + column, mask=column < V, other=0.0).to(tl.float32) * beta
-    u = tl.load(u_ptr + u_place, mask=u_inside, other=0.0)
-    if HAS_G:
-        u *= tl.exp(scalar(g_ptr, pid, 0.0, HAS_G))
-    u += k[:, None] * v[None, :]
-    tl.store(u_out_ptr + u_place, u, mask=u_inside)
-    o = SCALE * tl.sum(u * m[:, None], 0)
-    tl.store(o_ptr + pid * V + column, o.to(o_ptr.dtype.element_ty), mask=column < V)
+    for first in tl.static_range(0, BV, BU):
+        v_inside = first + column < V
+        u_inside = (row[:, None] < K) & v_inside[None, :]
+        v = tl.load(v_ptr + kv_place * V + first + column, mask=v_inside, other=0.0).to(tl.float32) * beta
+        if first > 0:
+            u = tl.load(u_ptr + u_place + first, mask=u_inside, other=0.0)
+        if HAS_G:
+            u *= tl.exp(scalar(g_ptr, pid, 0.0, HAS_G))
+        u += k[:, None] * v[None, :]
+        tl.store(u_out_ptr + u_place + first, u, mask=u_inside)
+        o = SCALE * tl.sum(u * m[:, None], 0)
+        tl.store(o_ptr + pid * V + first + column, o.to(o_ptr.dtype.element_ty), mask=v_inside)
 
 
 def constants(q: Any, v: Any, g: Any, gk: Any, alpha: Any, beta: Any, scale: float, ridge: float, num_iter: int) -> dict[str, Any]:
@@ -126,6 +131,7 @@ def constants(q: Any, v: Any, g: Any, gk: Any, alpha: Any, beta: Any, scale: flo
         "V": V,
         "BK": block(K),
         "BV": block(V),
+        "BU": min(config.STEP_COLUMNS, block(V)),
         "PARTS": max(1, block(K) // 32),
         **polynomial(ridge, num_iter),
         "HAS_G": g is not None,
@@ -159,50 +165,3 @@ def launch_step(
             **constants(q, v, g, gk, alpha, beta, scale, ridge_ratio, num_iter),
             **settings("step", h, K),
         )
-
-
-def plan_step(
-    q: Any,
-    k: Any,
-    v: Any,
-    h: Any,
-    u: Any,
-    g: Any,
-    gk: Any,
-    alpha: Any,
-    beta: Any,
-    scale: float,
-    ridge_ratio: float,
-    num_iter: int,
-) -> Callable[..., None] | None:
-    """The launch of a step in place on such tensors, contiguous and on the current GPU, at any addresses that 16 divides.
-
-    Returns:
-        A function of the addresses of q, k, v, h, u, g, gk, alpha, beta (of an absent one: any) and o, or None where kernels are
-        interpreted. It goes to the stream that is current when it is called.
-    """
-    if not isinstance(step_kernel, triton.JITFunction):
-        return None
-    B, H, K = q.shape
-    tensors = (q, k, v, h, u, *present(q, g, gk, alpha, beta), q, h, u)  # o has q's dtype
-    constexprs = constants(q, v, g, gk, alpha, beta, scale, ridge_ratio, num_iter)
-    grid = (B * H, 1, 1)
-    compiled = step_kernel.warmup(*tensors, grid=grid, **constexprs, **settings("step", h, K))
-    run, launch_with_hooks = compiled.run, compiled[grid]
-    kernel = compiled.function, compiled.packed_metadata, None, None, None  # no metadata for hooks, no hooks
-    values = [constexprs[name] for name in step_kernel.arg_names[len(tensors) :]]
-    device, current_stream = q.get_device(), driver.active.get_current_stream
-
-    def launch(q: int, k: int, v: int, h: int, u: int, g: int, gk: int, alpha: int, beta: int, o: int) -> None:
-        stream, hooks = current_stream(device), knobs.runtime
-        if _any(hooks.launch_enter_hook) or _any(hooks.launch_exit_hook):
-            launch_with_hooks(q, k, v, h, u, g, gk, alpha, beta, o, h, u, *values, stream=stream)
-        else:
-            run(*grid, stream, *kernel, q, k, v, h, u, g, gk, alpha, beta, o, h, u, *values)
-
-    return launch
-
-
-def _any(hook: Any) -> Any:
-    """Whether a launch hook of Triton, a chain of functions or one function, does anything."""
-    return getattr(hook, "calls", hook)

@@ -1,14 +1,17 @@
 """What every launcher needs: contiguous inputs, stand-ins, block sizes, pinned launch settings, the device, the launch itself."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
-from .. import ahead, config
+from .. import ahead, config, plans
 from ..polynomial import chebyshev_tau
 
 __all__ = [
@@ -19,6 +22,7 @@ __all__ = [
     "operand",
     "polynomial",
     "present",
+    "replay",
     "settings",
     "shared_options",
     "wrap_triton",
@@ -83,13 +87,15 @@ def on_device(x: Tensor) -> Any:
 
 
 def wrap_triton(kernel: Any) -> Any:
-    """torch.library.wrap_triton, but where launches are kept (see ahead.py) something that keeps them.
+    """torch.library.wrap_triton, but where launches are kept (ahead.py) or recorded (plans.py) something that does that.
 
     It has torch's name because torch reads the launchers' source: the kernels of ``wrap_triton(kernel)`` are part of the key under
     which AOTAutograd caches compiled code.
     """
-    launches = ahead.kept_launches()
-    return torch.library.wrap_triton(kernel) if launches is None else _Kept(kernel, launches)
+    launches, recording = ahead.kept_launches(), plans.recording()
+    if launches is not None:
+        return _Kept(kernel, launches)
+    return torch.library.wrap_triton(kernel) if recording is None else _Recorded(kernel, recording)
 
 
 class _Kept:
@@ -98,3 +104,51 @@ class _Kept:
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *args, **named: self.launches.append(ahead.Launch(self.kernel, grid, args, named))
+
+
+class _Recorded:
+    def __init__(self, kernel: Any, recording: plans.Recording) -> None:
+        self.kernel, self.recording = kernel, recording
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **named: Any) -> None:
+            compiled = self.kernel[grid](*args, **named)
+            self.recording.launches.append((compiled, ahead.Launch(self.kernel, grid, args, named)))
+
+        return launch
+
+
+def replay(launches: Sequence[tuple[Any, ahead.Launch]], places: Mapping[int, int], device: int) -> plans.Replay:
+    """Recorded launches again, on the stream of ``device`` that is current then.
+
+    Args:
+        launches: each with its compiled kernel. Tensors come first among a kernel's arguments, and there are two or more.
+        places: numbers of the addresses of those tensors.
+
+    Returns:
+        A function of the addresses, by their numbers, all multiples of 16.
+    """
+    made = []
+    for compiled, launch in launches:
+        tensors = [places[x.data_ptr()] for x in launch.args if isinstance(x, Tensor)]
+        rest = *launch.args[len(tensors) :], *(launch.named[n] for n in launch.kernel.arg_names[len(launch.args) :])
+        grid = (*launch.grid, 1, 1)[:3]
+        start = *grid, compiled.function, compiled.packed_metadata, None, None, None  # no metadata for hooks, no hooks
+        made.append((compiled.run, start, itemgetter(*tensors), rest, compiled[grid]))
+    current_stream, hooks = driver.active.get_current_stream, knobs.runtime
+
+    def launch_all(addresses: Sequence[int]) -> None:
+        stream = current_stream(device)
+        hooked = _any(hooks.launch_enter_hook) or _any(hooks.launch_exit_hook)
+        for run, (x, y, z, *kernel), tensors, rest, run_with_hooks in made:
+            if hooked:
+                run_with_hooks(*tensors(addresses), *rest, stream=stream)
+            else:
+                run(x, y, z, stream, *kernel, *tensors(addresses), *rest)
+
+    return launch_all
+
+
+def _any(hook: Any) -> Any:
+    """Whether a launch hook of Triton, a chain of functions or one function, does anything."""
+    return getattr(hook, "calls", hook)
