@@ -27,21 +27,14 @@ try:
 except (ImportError, AttributeError):  # they are not public; without them there are no plans
     TensorGuards = None
 
-__all__ = ["Recording", "planned", "recording", "repeat", "run"]
+__all__ = ["Recorded", "Replay", "planned", "recorded", "repeat", "run"]
 
 Key = tuple[Any, ...]
 Results = tuple[Tensor, ...]
 Work = Callable[..., Results]
 Tensors = Sequence[Tensor | None]
+Recorded = tuple[Any, Launch]  # a compiled kernel and its launch
 Replay = Callable[[Sequence[int]], None]
-
-
-class Recording:
-    """What a call launches, in order."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[Any, Launch]] = []  # the compiled kernel of each
-        self.whole = True  # whether the launches are all that the call does to tensors
 
 
 class _Plan(NamedTuple):
@@ -62,22 +55,22 @@ LIMIT = 256  # of keys,
 ALIKE = 8  # and of plans under each
 BLOCK = 10 * 2**20  # bytes from which a temporary has a block of its own, as it has in torch's allocator
 _plans: dict[Key, list[_Plan] | None] = {}  # None: cannot be repeated; the lists are replaced, never changed
-_recording: ContextVar[Recording | None] = ContextVar("gka_recording", default=None)
+_recorded: ContextVar[list[Recorded] | None] = ContextVar("gka_recorded_launches", default=None)
 
 
-def recording() -> Recording | None:
-    """Where launches of this thread are recorded as they are done."""
-    return _recording.get()
+def recorded() -> list[Recorded] | None:
+    """The list that launches of this thread go into as they are done, if any."""
+    return _recorded.get()
 
 
 @contextmanager
-def _record() -> Iterator[Recording]:
-    made = Recording()
-    token = _recording.set(made)
+def _recording() -> Iterator[list[Recorded]]:
+    launches: list[Recorded] = []
+    token = _recorded.set(launches)
     try:
-        yield made
+        yield launches
     finally:
-        _recording.reset(token)
+        _recorded.reset(token)
 
 
 def _read(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...]) -> tuple[Key, list[Tensor]]:
@@ -100,7 +93,7 @@ def repeat(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...], 
         what, tensors, decay, constants: as in :func:`run`, unchecked.
         mutated: those of the tensors that the call changes.
     """
-    if not no_hidden_observer() or _recording.get() is not None:  # the guards see the other observers
+    if not no_hidden_observer() or _recorded.get() is not None:  # the guards see the other observers
         return None
     key, inputs = _read(what, tensors, decay, constants)
     try:
@@ -132,22 +125,23 @@ def repeat(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...], 
     return results
 
 
-def run(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...], work: Work) -> Results:
+def run(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...], work: Work, mutated: Sequence[Tensor] = ()) -> Results:
     """``work(*tensors)``, recorded where it can be and such a call was seen before.
 
     It cannot where more is to be done than launches on the current GPU (autograd, autocast), nor where an address is no multiple
-    of 16, or that of two tensors.
+    of 16.
 
     Args:
         what: the kind of the call.
         tensors: those given, checked; they may be copied on the way to ``work``.
         decay: where g is among them, which is followed by gk; these two may be one tensor.
         constants: all else that the call depends on.
-        work: does the call, and returns new contiguous tensors. Tensors that it changes are contiguous.
+        work: does the call, and returns new contiguous tensors.
+        mutated: those of the tensors, contiguous, that the call changes.
     """
     if (
         not unobserved()  # first, for Dynamo stops here
-        or _recording.get() is not None
+        or _recorded.get() is not None
         or TensorGuards is None
         or torch.version.hip is not None  # AMD's kernels depend on the size of a tensor's storage, too
     ):
@@ -157,6 +151,7 @@ def run(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...], wor
     if not (
         TENSORS.issuperset(map(type, inputs))
         and all(x.is_cuda for x in inputs)
+        and len({*map(id, inputs)}) == len(inputs)
         and not (differentiable and torch.is_grad_enabled())
         and not torch.is_autocast_enabled("cuda")
         and not any(map(Tensor.is_neg, inputs))
@@ -169,38 +164,42 @@ def run(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...], wor
         _plans[key] = []
         return work(*tensors)
     known = _plans.get(key)
-    copies = [] if known is None else [x.contiguous() for x in inputs]
-    addresses = [*map(Tensor.data_ptr, copies)]
-    if known is None or not (all(addresses) and len({*addresses}) == len(addresses) and _aligned(addresses)):
+    if known is None:
         return work(*tensors)
+    copies = [x.contiguous() for x in inputs]
+    addresses = [*map(Tensor.data_ptr, copies)]
+    if not (all(addresses) and _aligned(addresses) and all(addresses.count(x.data_ptr()) == 1 for x in mutated)):
+        return work(*tensors)
+    # an address tells which input a kernel reads, so none may be that of two
+    copies = [x.clone() if addresses.index(x.data_ptr()) < i else x for i, x in enumerate(copies)]
     sizes = [[*t.shape] for t in inputs]
     strides = [[None if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)] for t in inputs]
     check = TensorGuards(*inputs, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     given = dict(zip(map(id, inputs), copies, strict=True))
-    with _record() as made:
+    with _recording() as launches:
         results = work(*[None if t is None else given[id(t)] for t in tensors])
     strided = tuple([i for i, x in enumerate(inputs) if copies[i] is not x])
-    plan = _plan(made, copies, results)
+    plan = _plan(launches, copies, results)
     own = check, inputs[0].get_device(), differentiable, strided, ALLOCATORS[inputs[0].device.type]
     _plans[key] = None if plan is None else [_Plan(*own, *plan), *known][:ALIKE]
     return results
 
 
-def _plan(made: Recording, inputs: Sequence[Tensor], results: Results) -> tuple[Any, ...] | None:
+def _plan(launches: Sequence[Recorded], inputs: Sequence[Tensor], results: Results) -> tuple[Any, ...] | None:
     """(results, blocks, temporaries, replay) of what was recorded; None where it cannot be repeated."""
     from .kernels.launch import replay
 
-    if not (made.whole and made.launches):
+    if not launches:
         return None
     places = {x.data_ptr(): i for i, x in enumerate((*inputs, *results))}
     taken = {x.untyped_storage().data_ptr() for x in (*inputs, *results)}
     blocks, temporaries = [0], list[tuple[int, int]]()  # the first block holds all small ones
-    for x in (x for _, launch in made.launches for x in launch.args if isinstance(x, Tensor)):
+    for x in (x for _, launch in launches for x in launch.args if isinstance(x, Tensor)):
         if x.data_ptr() in places:
             continue
         storage = x.untyped_storage()
         if storage.data_ptr() in taken or x.storage_offset():
-            return None  # a part of something
+            return None  # a part of something: the backward does more than launches where it is cut in pieces
         places[x.data_ptr()] = len(inputs) + len(results) + len(temporaries)
         size = storage.nbytes()
         if size < BLOCK:
@@ -211,7 +210,7 @@ def _plan(made: Recording, inputs: Sequence[Tensor], results: Results) -> tuple[
             blocks.append(size)
     new = [((*x.shape,), x.stride(), x.dtype) for x in results]
     bytes_ = [((size,), (1,), torch.uint8) for size in blocks] if temporaries else []
-    return tuple(new), tuple(bytes_), tuple(temporaries), replay(made.launches, places, inputs[0].get_device())
+    return tuple(new), tuple(bytes_), tuple(temporaries), replay(launches, places, inputs[0].get_device())
 
 
 def planned(body: Callable[..., Any], tensors: int, decay: int) -> Callable[..., Any]:

@@ -180,7 +180,7 @@ def step_gka(
     for name, x in (("state.h_kk", h), ("state.h_kv", u)):
         if not x.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor to update in place, got strides {x.stride()}")
-    (o,) = plans.run(step_gka, tensors, 5, options, lambda *tensors: (ops.step_(*tensors, *constants),))
+    (o,) = plans.run(step_gka, tensors, 5, options, lambda *tensors: (ops.step_(*tensors, *constants),), (h, u))
     return o, GKAState(h, u)
 
 

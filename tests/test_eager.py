@@ -338,16 +338,23 @@ def rows_apart(made: dict[str, Tensor]) -> dict[str, Tensor]:
     return made | {"v": torch.cat([made["v"], made["v"]], -1)[..., : made["v"].shape[-1]]}
 
 
+def one_address(made: dict[str, Tensor]) -> dict[str, Tensor]:
+    return made | {"gk": made["g"].view(made["g"].shape), "beta": made["alpha"].view(made["alpha"].shape)}
+
+
 def one_decay(made: dict[str, Tensor]) -> dict[str, Tensor]:
     return made | {"gk": made["g"]}
 
 
 @pretend
-@pytest.mark.parametrize("change", [dict, rows_apart, one_decay])
+@pytest.mark.parametrize("change", [dict, rows_apart, one_address, one_decay])
 @pytest.mark.parametrize("call", [forward, train, functional_step, decode_inplace])
 def test_a_repeated_call_is_launched_by_its_plan(call: Callable, change: Callable, launches: Launches, dispatched: list) -> None:
-    """The same launches as without a plan: kernels, grids, sizes, the tensors given; one address for another in all the rest."""
-    made = change(inputs(40, torch.bfloat16))
+    """The same launches as without a plan: kernels, grids, sizes, the tensors given; one address for another in all the rest.
+
+    Tensors that lay at one address when the plan was made may lie at two.
+    """
+    made = (dict if change is one_address else change)(inputs(40, torch.bfloat16))
     for _ in range(2):
         call(change(inputs(40, torch.bfloat16)))
         assert launches.planned == []
@@ -454,7 +461,6 @@ def test_another_step_is_not_launched_by_that_plan(change: dict, launches: Launc
         {"q": misaligned},
         {"state": lambda s: GKAState(s.h_kk, misaligned(s.h_kv))},
         {"beta": "alpha"},
-        {"alpha": lambda x: x},
         {"g": torch._neg_view},
         {"q": lambda x: x.as_subclass(type("Subclass", (Tensor,), {}))},
         {"q": lambda x: x[:0], "k": lambda x: x[:0], "v": lambda x: x[:0], "state": lambda s: GKAState(s.h_kk[:0], s.h_kv[:0])}
@@ -466,8 +472,6 @@ def test_what_may_have_no_plan_gets_none(change: dict, launches: Launches) -> No
     for _ in range(4):
         given = step_arguments()
         given.update({n: given[c] if isinstance(c, str) else c(given[n]) for n, c in change.items()})
-        if change.get("alpha"):
-            given["beta"] = given["alpha"].view(given["alpha"].shape)  # another tensor of the same address
         step_gka(**given)
     assert launches.planned == []
     assert not any(plans._plans.values())
@@ -475,16 +479,22 @@ def test_what_may_have_no_plan_gets_none(change: dict, launches: Launches) -> No
 
 @pretend
 def test_where_gradients_are_recorded_the_op_is_called(launches: Launches) -> None:
-    """A plan of no_grad for tensors that require grad."""
-    made = inputs(5)
-    leaves = {n: x.requires_grad_() for n, x in made.items()}
+    """A plan of no_grad for tensors that require grad; then its ops have plans, but nothing repeats while it is recorded."""
+    leaves = {n: x.requires_grad_() for n, x in inputs(5).items()}
+    given = [*(leaves[n] for n in "qkv"), *(leaves[n] for n in GATES[:3])]
     for _ in range(3):
-        forward(leaves)
-    assert launches.planned
-    launches.planned.clear()
-    o, _ = chunk_gka(*(leaves[n] for n in "qkv"), **{n: leaves[n] for n in GATES})
-    assert o.requires_grad
-    assert launches.planned == []
+        assert chunk_gka(*given)[0].requires_grad
+    assert len(launches.planned) == 4  # the ops'
+    launches.clear()
+    with torch.no_grad():
+        chunk_gka(*given)  # by those of the ops
+        assert (len(launches.ordinary), len(launches.planned)) == (0, 4)
+        chunk_gka(*given)
+        assert (len(launches.ordinary), len(launches.planned)) == (4, 4)
+        chunk_gka(*given)
+        assert (len(launches.ordinary), len(launches.planned)) == (4, 8)
+        assert [name for name, *_ in launches.planned[4:]] == [name for name, *_ in launches.ordinary]
+    assert chunk_gka(*given)[0].requires_grad
 
 
 @pretend

@@ -92,10 +92,10 @@ def wrap_triton(kernel: Any) -> Any:
     It has torch's name because torch reads the launchers' source: the kernels of ``wrap_triton(kernel)`` are part of the key under
     which AOTAutograd caches compiled code.
     """
-    launches, recording = ahead.kept_launches(), plans.recording()
-    if launches is not None:
-        return _Kept(kernel, launches)
-    return torch.library.wrap_triton(kernel) if recording is None else _Recorded(kernel, recording)
+    kept, recorded = ahead.kept_launches(), plans.recorded()
+    if kept is not None:
+        return _Kept(kernel, kept)
+    return torch.library.wrap_triton(kernel) if recorded is None else _Recorded(kernel, recorded)
 
 
 class _Kept:
@@ -107,22 +107,22 @@ class _Kept:
 
 
 class _Recorded:
-    def __init__(self, kernel: Any, recording: plans.Recording) -> None:
-        self.kernel, self.recording = kernel, recording
+    def __init__(self, kernel: Any, launches: list[plans.Recorded]) -> None:
+        self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: Any) -> Any:
         def launch(*args: Any, **named: Any) -> None:
             compiled = self.kernel[grid](*args, **named)
-            self.recording.launches.append((compiled, ahead.Launch(self.kernel, grid, args, named)))
+            self.launches.append((compiled, ahead.Launch(self.kernel, grid, args, named)))
 
         return launch
 
 
-def replay(launches: Sequence[tuple[Any, ahead.Launch]], places: Mapping[int, int], device: int) -> plans.Replay:
+def replay(launches: Sequence[plans.Recorded], places: Mapping[int, int], device: int) -> plans.Replay:
     """Recorded launches again, on the stream of ``device`` that is current then.
 
     Args:
-        launches: each with its compiled kernel. Tensors come first among a kernel's arguments, and there are two or more.
+        launches: tensors come first among a kernel's arguments, and there are two or more.
         places: numbers of the addresses of those tensors.
 
     Returns:
