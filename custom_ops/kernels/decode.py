@@ -27,6 +27,17 @@ def product(z, t, BK: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def finish_columns(u, g, k, v, m, u_out_ptr, o_ptr, inside, place, column, E, SCALE: tl.constexpr, HAS_G: tl.constexpr):
+    """Store columns of the new U, where ``inside``, and the E of them that there are of what is read from it."""
+    if HAS_G:
+        u *= tl.exp(g)
+    u += k[:, None] * v[None, :]
+    tl.store(u_out_ptr + place, u, mask=inside)
+    o = SCALE * tl.sum(u * m[:, None], 0)
+    tl.store(o_ptr + column, o.to(o_ptr.dtype.element_ty), mask=column < E)
+
+
+@triton.jit
 def step_kernel(
     q_ptr,  # [B, H, K]
     k_ptr,  # [B, Hk, K]
@@ -60,7 +71,7 @@ def step_kernel(
 ):
     """Grid (B · H). H stays in registers through all iterations: a thread holds a row, and shares t with the others.
 
-    The first BU columns of U are loaded beside H, so that they come in while the iterations run.
+    The first BU columns of U come in while the iterations run; the rest, when H's registers are free.
 
     With as many threads as rows, loads and stores of 4 bytes give it that row alone, and H, being symmetric, is read by columns,
     so that a warp's addresses follow one another. That is what max_contiguous is for: with the 16 bytes that are there to be had,
@@ -79,8 +90,15 @@ def step_kernel(
     inside = (row[:, None] < K) & (row[None, :] < K)
     h = tl.load(h_ptr + pid * (K * K) + place, mask=inside, other=0.0)
     column = tl.arange(0, BU)
-    u_place = pid * (K * V) + row[:, None] * V + column[None, :]
-    u = tl.load(u_ptr + u_place, mask=(row[:, None] < K) & (column[None, :] < V), other=0.0)
+    u_place = pid * (K * V) + row[:, None] * V + column[None, :]  # of later columns: behind it, at no other addresses to be held
+    u_inside = (row[:, None] < K) & (column[None, :] < V)
+    u = tl.load(u_ptr + u_place, mask=u_inside, other=0.0)
+    v = tl.load(v_ptr + kv_place * V + column, mask=column < V, other=0.0).to(tl.float32) * beta
+    if BU < BV:
+        later_inside = (row[:, None] < K) & (column[None, :] < V - BU)
+        later_v = tl.load(v_ptr + BU + kv_place * V + column, mask=column < V - BU, other=0.0).to(tl.float32) * beta
+    g = scalar(g_ptr, pid, 0.0, HAS_G)
+    alpha = scalar(alpha_ptr, pid, 1.0, HAS_ALPHA)
     if HAS_GK:
         h *= tl.exp(scalar(gk_ptr, pid, 0.0, HAS_GK))
     h += k[:, None] * k[None, :]
@@ -102,23 +120,16 @@ def step_kernel(
         power *= -TAU
         tail *= -1.0 / TAU
         x += 2.0 * FRONT * (power - tail) * t
+    if BU < BV:
+        later_u = tl.load(u_ptr + BU + u_place, mask=later_inside, other=0.0)
     x *= gain
     m = x
     if HAS_ALPHA:
-        m = q + scalar(alpha_ptr, pid, 1.0, HAS_ALPHA) * (x - q)
-
-    for first in tl.static_range(0, BV, BU):
-        v_inside = first + column < V
-        u_inside = (row[:, None] < K) & v_inside[None, :]
-        v = tl.load(v_ptr + kv_place * V + first + column, mask=v_inside, other=0.0).to(tl.float32) * beta
-        if first > 0:
-            u = tl.load(u_ptr + u_place + first, mask=u_inside, other=0.0)
-        if HAS_G:
-            u *= tl.exp(scalar(g_ptr, pid, 0.0, HAS_G))
-        u += k[:, None] * v[None, :]
-        tl.store(u_out_ptr + u_place + first, u, mask=u_inside)
-        o = SCALE * tl.sum(u * m[:, None], 0)
-        tl.store(o_ptr + pid * V + first + column, o.to(o_ptr.dtype.element_ty), mask=v_inside)
+        m = q + alpha * (x - q)
+    o_ptr += pid * V
+    finish_columns(u, g, k, v, m, u_out_ptr, o_ptr, u_inside, u_place, column, V, SCALE, HAS_G)
+    if BU < BV:
+        finish_columns(later_u, g, k, later_v, m, u_out_ptr + BU, o_ptr + BU, later_inside, u_place, column, V - BU, SCALE, HAS_G)
 
 
 def constants(q: Any, v: Any, g: Any, gk: Any, alpha: Any, beta: Any, scale: float, ridge: float, num_iter: int) -> dict[str, Any]:
