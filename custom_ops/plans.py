@@ -189,7 +189,7 @@ def _plan(launches: Sequence[Recorded], inputs: Sequence[Tensor], results: Resul
     """(results, blocks, temporaries, replay) of what was recorded; None where it cannot be repeated."""
     from .kernels.launch import replay
 
-    if not launches:
+    if not launches or any(compiled is None for compiled, _ in launches):  # where a hook of Triton's has compiled
         return None
     places = {x.data_ptr(): i for i, x in enumerate((*inputs, *results))}
     taken = {x.untyped_storage().data_ptr() for x in (*inputs, *results)}

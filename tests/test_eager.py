@@ -417,6 +417,16 @@ def test_launch_hooks_see_planned_launches(launches: Launches, monkeypatch: pyte
     assert len(hooked[3]) == len(args)
 
 
+@pretend
+def test_what_a_hook_of_tritons_compiles_has_no_plan(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: None)
+    for _ in range(4):
+        step_gka(**step_arguments())
+    assert launches.planned == []
+
+
 def misaligned(x: Tensor) -> Tensor:
     return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
 
