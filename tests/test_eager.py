@@ -697,11 +697,10 @@ class Interpreted(Kernel):
 def test_a_plan_computes_what_the_call_does(call: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     from gka_compile.custom_ops.kernels import launch as module
 
-    replay, replays = module.replay, 0
+    replay, replays, plan = module.replay, 0, plans._plan
 
-    def interpreting(launches: Any, *rest: Any) -> Any:
-        nonlocal replays
-        again = replay([(Interpreted(done), done) for _, done in launches], *rest)
+    def counting(*args: Any) -> Any:
+        again = replay(*args)
 
         def counted(addresses: Any) -> None:
             nonlocal replays
@@ -710,9 +709,13 @@ def test_a_plan_computes_what_the_call_does(call: Callable, monkeypatch: pytest.
 
         return counted
 
+    def interpreting(launches: Any, *rest: Any) -> Any:
+        return plan([(Interpreted(done), done) for _, done in launches], *rest)
+
     driver = type("Driver", (), {"active": type("Active", (), {"get_current_stream": staticmethod(lambda device: device)})})
     monkeypatch.setattr(module, "driver", driver)
-    monkeypatch.setattr(module, "replay", interpreting)
+    monkeypatch.setattr(module, "replay", counting)
+    monkeypatch.setattr(plans, "_plan", interpreting)
     monkeypatch.setattr(Tensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
