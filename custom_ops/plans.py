@@ -7,6 +7,7 @@ then on such a call allocates the latter two and launches those kernels.
 """
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,7 +28,7 @@ try:
 except (ImportError, AttributeError):  # they are not public; without them there are no plans
     TensorGuards = None
 
-__all__ = ["Recorded", "Replay", "planned", "recorded", "repeat", "run"]
+__all__ = ["Recorded", "Replay", "abandon", "planned", "recorded", "repeat", "run"]
 
 Key = tuple[Any, ...]
 Results = tuple[Tensor, ...]
@@ -55,12 +56,21 @@ LIMIT = 256  # of keys,
 ALIKE = 8  # and of plans under each
 BLOCK = 10 * 2**20  # bytes from which a temporary has a block of its own, as it has in torch's allocator
 _plans: dict[Key, list[_Plan] | None] = {}  # None: cannot be repeated; the lists are replaced, never changed
+_lock = threading.Lock()  # for keys: a backward runs in a thread of autograd's
 _recorded: ContextVar[list[Recorded] | None] = ContextVar("gka_recorded_launches", default=None)
 
 
 def recorded() -> list[Recorded] | None:
     """The list that launches of this thread go into as they are done, if any."""
     return _recorded.get()
+
+
+def abandon() -> None:
+    """The call that is recorded, if one is, does more to tensors than its launches: it gets no plan, nor are its tensors kept."""
+    launches = _recorded.get()
+    if launches is not None:
+        launches.clear()
+        _recorded.set(None)
 
 
 @contextmanager
@@ -78,7 +88,8 @@ def _read(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...]) -
     if tensors[decay] is tensors[decay + 1]:
         tensors = (*tensors[:decay], *tensors[decay + 1 :])
     kinds = (*map(type, tensors), *map(type, constants))  # 3.0 and True equal ints
-    return (what, constants, kinds, getattr(tensors[0], "shape", None)), [t for t in tensors if t is not None]
+    shapes = getattr(tensors[0], "shape", None), getattr(tensors[-1], "shape", None)  # the last has the number of packed sequences
+    return (what, constants, kinds, shapes), [t for t in tensors if t is not None]
 
 
 def _aligned(addresses: Sequence[int]) -> bool:
@@ -158,10 +169,12 @@ def run(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...], wor
         and inputs[0].get_device() == torch.cuda.current_device()
     ):
         return work(*tensors)
-    if key not in _plans:
-        if len(_plans) >= LIMIT:
-            _plans.pop(next(iter(_plans)), None)  # the oldest
-        _plans[key] = []
+    with _lock:
+        if new := key not in _plans:
+            while len(_plans) >= LIMIT:
+                del _plans[next(iter(_plans))]  # the oldest
+            _plans[key] = []
+    if new:
         return work(*tensors)
     known = _plans.get(key)
     if known is None:
@@ -174,14 +187,22 @@ def run(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...], wor
     copies = [x.clone() if addresses.index(x.data_ptr()) < i else x for i, x in enumerate(copies)]
     sizes = [[*t.shape] for t in inputs]
     strides = [[None if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)] for t in inputs]
-    check = TensorGuards(*inputs, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    try:
+        check = TensorGuards(*inputs, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    except Exception:  # of another torch
+        return work(*tensors)
     given = dict(zip(map(id, inputs), copies, strict=True))
     with _recording() as launches:
         results = work(*[None if t is None else given[id(t)] for t in tensors])
     strided = tuple([i for i, x in enumerate(inputs) if copies[i] is not x])
-    plan = _plan(launches, copies, results)
+    try:
+        plan = _plan(launches, copies, results)
+    except Exception:  # of another Triton: the call is done, and states in place are changed
+        plan = None
     own = check, inputs[0].get_device(), differentiable, strided, ALLOCATORS[inputs[0].device.type]
-    _plans[key] = None if plan is None else [_Plan(*own, *plan), *known][:ALIKE]
+    with _lock:
+        if key in _plans:
+            _plans[key] = None if plan is None else [_Plan(*own, *plan), *known][:ALIKE]
     return results
 
 
@@ -199,7 +220,7 @@ def _plan(launches: Sequence[Recorded], inputs: Sequence[Tensor], results: Resul
             continue
         storage = x.untyped_storage()
         if storage.data_ptr() in taken or x.storage_offset():
-            return None  # a part of something: the backward does more than launches where it is cut in pieces
+            return None  # a part of something
         places[x.data_ptr()] = len(inputs) + len(results) + len(temporaries)
         size = storage.nbytes()
         if size < BLOCK:

@@ -111,7 +111,7 @@ def chunk_gka(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     given = (q, k, v, g, gk, alpha, beta, *_pair(initial_state), cu_seqlens)
-    options = (scale, ridge_ratio, num_iter, initial_state is None, output_final_state)
+    options = (scale, ridge_ratio, num_iter, initial_state is None, bool(output_final_state))
     if (done := plans.repeat(chunk_gka, given, 3, options)) is not None:
         return done[0], GKAState(*done[1:]) if output_final_state else None
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
@@ -160,7 +160,7 @@ def step_gka(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     before = _pair(state)
-    options = (scale, ridge_ratio, num_iter, inplace)
+    options = (scale, ridge_ratio, num_iter, bool(inplace))
     done = plans.repeat(step_gka, (q, k, v, *before, g, gk, alpha, beta), 5, options, before if inplace else ())
     if done is not None:
         return done[0], GKAState(*(before if inplace else done[1:]))

@@ -427,6 +427,40 @@ def test_what_a_hook_of_tritons_compiles_has_no_plan(launches: Launches, monkeyp
     assert launches.planned == []
 
 
+@pretend
+@pytest.mark.parametrize("part", ["TensorGuards", "_plan"])
+def test_a_plan_that_cannot_be_made_is_no_error(part: str, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise AttributeError("of another version")
+
+    monkeypatch.setattr(plans, part, broken)
+    expected = decode_inplace(inputs())
+    for _ in range(3):
+        for x, y in zip(decode_inplace(inputs()), expected, strict=True):
+            assert torch.equal(x, y)
+    assert launches.planned == []
+
+
+@pretend
+def test_no_plan_is_made_off_the_current_gpu(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as m:
+        m.setattr(torch.cuda, "current_device", lambda: 0)
+        keep_plan(**step_arguments())
+        assert not plans._plans
+    step_gka(**step_arguments())
+    assert launches.planned == []
+
+
+@pretend
+@pytest.mark.parametrize("truth", [[], [1], {}])
+def test_options_are_taken_for_their_truth(truth: Any, launches: Launches) -> None:
+    made = inputs()
+    with torch.no_grad():
+        for _ in range(3):
+            _, state = chunk_gka(*(made[n] for n in "qkv"), output_final_state=truth)
+            assert (state is None) == (not truth)
+
+
 def misaligned(x: Tensor) -> Tensor:
     return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
 
@@ -509,11 +543,13 @@ def test_where_gradients_are_recorded_the_op_is_called(launches: Launches) -> No
 
 @pretend
 def test_a_backward_in_pieces_has_no_plan(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does more to tensors than its launches do."""
-    made = inputs(40)
+    """It does more to tensors than its launches do; and were these recorded, all pieces would be in memory at once."""
+    made, plan, kept = inputs(40), plans._plan, []
     monkeypatch.setattr(config, "PIECE_BYTES", 1)
+    monkeypatch.setattr(plans, "_plan", lambda launches, *rest: kept.append(len(launches)) or plan(launches, *rest))
     for _ in range(2):
         train(made)
+    assert kept == [2, 2, 0]  # chunk_state, chunk_output, chunk_bwd
     launches.clear()
     train(made)
     assert "chunk_solve_kernel" in {name for name, *_ in launches.planned}
@@ -720,6 +756,7 @@ def test_a_plan_computes_what_the_call_does(call: Callable, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(config, "CPU_CHUNK", 16)
+    monkeypatch.setattr(plans, "BLOCK", 2048)  # some temporaries in blocks of their own
     monkeypatch.setattr(plans, "_plans", {})
     for seed in (0, 1):
         call(rows_apart(make_inputs(CASE, torch.bfloat16, seed=seed)))

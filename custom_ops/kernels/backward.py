@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import plans
 from ..eager import TENSORS
 from ..pieces import piece_sizes
 from ..reference import empty_chunk_states
@@ -58,6 +59,7 @@ def launch_chunk_bwd(
         sequences, tokens = cut[0], T
     else:
         return _launch_piece(rows, (h0, u0), (dh_out, du_out), constants, gradients, (dh0, du0))
+    plans.abandon()
     # what kernels write into views is lost in compiled code (torch 2.11), so there each piece gets tensors of its own
     traced = type(dh0) not in TENSORS
     filled_parts: list[list[Tensor]] = []  # of the gradients, in the order of the tokens
