@@ -8,17 +8,17 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .eager import unobserved
 
-__all__ = ["Launch", "compile_ahead", "keeping_launches", "kept_launches"]
+__all__ = ["Launch", "collecting", "compile_ahead", "keeping_launches", "kept_launches"]
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,24 @@ class Launch:
     named: dict[str, Any]
 
 
+T = TypeVar("T")
 _kept: ContextVar[list[Launch] | None] = ContextVar("gka_kept_launches", default=None)
 
 
 @contextmanager
-def keeping_launches() -> Iterator[list[Launch]]:
-    """Launches of this thread go into the list; an op on meta tensors, which would only shape its outputs, runs its launcher."""
-    launches: list[Launch] = []
-    token = _kept.set(launches)
+def collecting(variable: ContextVar[list[T] | None]) -> Iterator[list[T]]:
+    """A new list, which is the variable's value in this thread."""
+    collected: list[T] = []
+    token = variable.set(collected)
     try:
-        yield launches
+        yield collected
     finally:
-        _kept.reset(token)
+        variable.reset(token)
+
+
+def keeping_launches() -> AbstractContextManager[list[Launch]]:
+    """Launches of this thread go into the list; an op on meta tensors, which would only shape its outputs, runs its launcher."""
+    return collecting(_kept)
 
 
 def kept_launches() -> list[Launch] | None:

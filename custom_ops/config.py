@@ -49,7 +49,7 @@ def gpu_chunk(major: int, itemsize: int, K: int, V: int) -> int:
 
 STATE_COLUMNS = 64  # columns of a state that one program carries through time, of narrower states, too (docs/design.md, section 5)
 COTANGENT_COLUMNS = 32  # … of its cotangent: smaller programs, so that long sequences of small batches fill the GPU
-STEP_COLUMNS = 64  # of U that a decode step loads before its iterations; all but as many are left, at most
+STEP_COLUMNS = 64  # of U that a decode step loads before its iterations; as many at most are left, so half of the widest at least
 SEGMENTS = 4  # of a sequence, at most, that are scanned side by side where there is room for them (scan_programs),
 SEGMENTED_CHUNKS = 16  # and chunks that a sequence must have for that
 

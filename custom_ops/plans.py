@@ -8,8 +8,7 @@ then on such a call allocates the latter two and launches those kernels.
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import reduce
 from operator import or_
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ahead import Launch
+from .ahead import Launch, collecting
 from .eager import TENSORS, no_hidden_observer, unobserved
 
 try:
@@ -71,16 +70,6 @@ def abandon() -> None:
     if launches is not None:
         launches.clear()
         _recorded.set(None)
-
-
-@contextmanager
-def _recording() -> Iterator[list[Recorded]]:
-    launches: list[Recorded] = []
-    token = _recorded.set(launches)
-    try:
-        yield launches
-    finally:
-        _recorded.reset(token)
 
 
 def _read(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...]) -> tuple[Key, list[Tensor]]:
@@ -192,7 +181,7 @@ def run(what: Any, tensors: Tensors, decay: int, constants: tuple[Any, ...], wor
     except Exception:  # of another torch
         return work(*tensors)
     given = dict(zip(map(id, inputs), copies, strict=True))
-    with _recording() as launches:
+    with collecting(_recorded) as launches:
         results = work(*[None if t is None else given[id(t)] for t in tensors])
     strided = tuple([i for i, x in enumerate(inputs) if copies[i] is not x])
     try:

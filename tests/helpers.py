@@ -6,9 +6,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gka_compile.custom_ops import ops, reference
 
@@ -193,3 +195,35 @@ def check(found: dict[str, Tensor], oracle: dict[str, Tensor], allowed: dict[str
     errors = {name: relative_error(found[name], oracle[name]) for name in oracle}
     misses = [f"{name}: {errors[name]:.2e} > {allowed[name]:.2e}" for name in oracle if not errors[name] <= allowed[name]]
     assert not misses, "relative error over twice that of the low-precision reference: " + ", ".join(misses)
+
+
+class Recorder(TorchDispatchMode):
+    """Sees every gka op, all of which go through the dispatcher then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "gka":
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def count_replays(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that every call by a plan made from here on adds to: the addresses that it launches kernels with."""
+    from gka_compile.custom_ops.kernels import launch
+
+    replay, replays = launch.replay, list[Any]()
+
+    def counting(*args: Any) -> Any:
+        again = replay(*args)
+
+        def counted(addresses: Any) -> None:
+            replays.append(addresses)
+            again(addresses)
+
+        return counted
+
+    monkeypatch.setattr(launch, "replay", counting)
+    return replays

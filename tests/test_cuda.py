@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import DEVICE, relative_error
+from helpers import DEVICE, Recorder, count_replays, relative_error
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gka_compile import chunk_gka, step_gka
 from gka_compile.custom_ops import config, pieces, plans, recurrent_gka
-from gka_compile.custom_ops.kernels import launch
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 Dim = torch.export.Dim
@@ -183,30 +180,11 @@ def test_repeated_steps_are_the_ops(gates: tuple[str, ...], move: int) -> None:
             assert torch.equal(x, y)
 
 
-class Observer(TorchDispatchMode):
-    """Calls that it sees go through the dispatcher."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("sizes", [(1, 128, 4, 4, 128), (2, 300, 4, 2, 64), (1, 1, 2, 1, 24), (1, 2048, 4, 4, 64)], ids=str)
 def test_repeated_sequences_are_the_ops(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and training by plans, on another stream and in a CUDA graph, and without: the same bits."""
     plans._plans.clear()
-    replay, replays = launch.replay, 0
-
-    def counting(*args: Any) -> Any:
-        again = replay(*args)
-
-        def counted(addresses: Any) -> None:
-            nonlocal replays
-            replays += 1
-            again(addresses)
-
-        return counted
-
-    monkeypatch.setattr(launch, "replay", counting)
+    replays = count_replays(monkeypatch)
     other = inputs(*sizes)
     given = tuple(x.roll(1, 0).flip(1) if x.dim() < 4 or x.shape[1] == sizes[1] else x + 0 for x in other)
 
@@ -220,9 +198,9 @@ def test_repeated_sequences_are_the_ops(sizes: tuple[int, ...], monkeypatch: pyt
     for call, planned in ((prefill, 1), (train, 4)):  # of a whole call; of two ops and their gradients
         for _ in range(2):
             call(other)
-        before = replays
+        before = len(replays)
         found = [call(given)]
-        assert replays == before + planned
+        assert len(replays) == before + planned
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -232,9 +210,9 @@ def test_repeated_sequences_are_the_ops(sizes: tuple[int, ...], monkeypatch: pyt
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 found.append(call(given))
-            assert replays == before + 3
+            assert len(replays) == before + 3
             graph.replay()
-        with Observer():
+        with Recorder():
             expected = call(given)
         for results in found:
             for x, y in zip(results, expected, strict=True):
