@@ -82,9 +82,8 @@ def step_kernel(
     head = pid % H
     kv_place = b * Hk + head // (H // Hk)
     row = tl.arange(0, BK)
-    beta = scalar(beta_ptr, pid, 1.0, HAS_BETA)
-    k = tl.load(k_ptr + kv_place * K + row, mask=row < K, other=0.0).to(tl.float32) * beta
-    q = tl.load(q_ptr + pid * K + row, mask=row < K, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + kv_place * K + row, mask=row < K, other=0.0)
+    q = tl.load(q_ptr + pid * K + row, mask=row < K, other=0.0)
 
     place = tl.max_contiguous(row[None, :] * K + row[:, None], [1, 1])
     inside = (row[:, None] < K) & (row[None, :] < K)
@@ -93,12 +92,19 @@ def step_kernel(
     u_place = pid * (K * V) + row[:, None] * V + column[None, :]  # of later columns: behind it, at no other addresses to be held
     u_inside = (row[:, None] < K) & (column[None, :] < V)
     u = tl.load(u_ptr + u_place, mask=u_inside, other=0.0)
-    v = tl.load(v_ptr + kv_place * V + column, mask=column < V, other=0.0).to(tl.float32) * beta
+    v = tl.load(v_ptr + kv_place * V + column, mask=column < V, other=0.0)
     if BU < BV:
         later_inside = (row[:, None] < K) & (column[None, :] < V - BU)
-        later_v = tl.load(v_ptr + BU + kv_place * V + column, mask=column < V - BU, other=0.0).to(tl.float32) * beta
+        later_v = tl.load(v_ptr + BU + kv_place * V + column, mask=column < V - BU, other=0.0)
     g = scalar(g_ptr, pid, 0.0, HAS_G)
     alpha = scalar(alpha_ptr, pid, 1.0, HAS_ALPHA)
+    # only now is any of it used: a vector takes another layout by way of shared memory and barriers, behind which loads would wait
+    q = q.to(tl.float32)
+    beta = scalar(beta_ptr, pid, 1.0, HAS_BETA)
+    k = k.to(tl.float32) * beta
+    v = v.to(tl.float32) * beta
+    if BU < BV:
+        later_v = later_v.to(tl.float32) * beta
     if HAS_GK:
         h *= tl.exp(scalar(gk_ptr, pid, 0.0, HAS_GK))
     h += k[:, None] * k[None, :]

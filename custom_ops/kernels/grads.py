@@ -16,6 +16,7 @@ from .tile import (
     decay_exponents,
     decay_mask,
     decay_mask_transposed,
+    decay_weights_transposed,
     dense_rows,
     inner_product,
     largest_entry,
@@ -34,6 +35,7 @@ from .tile import (
     readout,
     reciprocal_of_power,
     row_scales,
+    scalars,
     store_rows,
     store_scalars,
     store_state,
@@ -99,18 +101,30 @@ def cotangent_factors_kernel(
     matrix = slot.to(tl.int64) * H + head
     factors = factors_ptr + matrix * (6 * C) + tl.arange(0, C)
     sums = sums_ptr + matrix * 7
-    c = decay_exponents(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK))
+    gk = load_scalars(gk_ptr, first, end, H, head, C, HAS_GK)
+    g = load_scalars(g_ptr, first, end, H, head, C, HAS_G)
+    if HAS_OUTPUT:
+        k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
+        do = load_tile(do_ptr, first, end, H, head, 0, V, C, BV)
+        if HAS_ALPHA:
+            q = load_tile(q_ptr, first, end, H, head, 0, K, C, BK)
+        eta = load_scalars(eta_ptr, first, end, H, head, C, True)
+        beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA)
+        x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True)
+        y_scale = load_scalars(y_scale_ptr, first, end, H, head, C, True)
+        alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA)
+    c = decay_exponents(scalars(gk, 0.0, C, HAS_GK))
     tl.store(sums, tl.exp2(last(c, C)))
-    c_u = decay_exponents(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G))
+    c_u = decay_exponents(scalars(g, 0.0, C, HAS_G))
     tl.store(sums + 4, tl.exp2(last(c_u, C)))
     if HAS_OUTPUT:
         gamma = tl.exp2(c)
-        eta = gamma * load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
-        k_unit = row_scales(load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK))
-        k_scale = k_unit * load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+        eta = gamma * scalars(eta, 0.0, C, True)
+        k_unit = row_scales(k)
+        k_scale = k_unit * scalars(beta, 1.0, C, HAS_BETA)
         k_weight = tl.sum(decay_mask(c, C) * eta[:, None], 0) * k_scale * k_scale
-        x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
-        xy_weight = 0.5 * gamma * x_scale * load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
+        x_scale = scalars(x_scale, 0.0, C, True)
+        xy_weight = 0.5 * gamma * x_scale * scalars(y_scale, 0.0, C, True)
         s = power_of_two(tl.max(tl.maximum(tl.abs(k_weight), tl.abs(xy_weight)), 0))
         tl.store(factors, reciprocal_of_power(k_unit))
         inverse = reciprocal_of_power(s)
@@ -120,13 +134,13 @@ def cotangent_factors_kernel(
         tl.store(sums + 2, 4.0 * tl.sum(tl.abs(k_weight) + 2.0 * tl.abs(xy_weight), 0))
         tl.store(sums + 3, tl.sum(gamma * eta, 0))
 
-        do_unit = row_scales(load_tile(do_ptr, first, end, H, head, 0, V, C, BV))
+        do_unit = row_scales(do)
         weight = SCALE * tl.exp2(c_u) * do_unit
         x_weight = weight * x_scale
         q_weight = tl.zeros_like(weight)
         if HAS_ALPHA:  # m = (1 − α) q + α x
-            alpha = load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)
-            q_unit = row_scales(load_tile(q_ptr, first, end, H, head, 0, K, C, BK))
+            alpha = scalars(alpha, 1.0, C, HAS_ALPHA)
+            q_unit = row_scales(q)
             x_weight *= alpha
             q_weight = weight * (1.0 - alpha) * q_unit
             tl.store(factors + 3 * C, reciprocal_of_power(q_unit))
@@ -356,7 +370,7 @@ def load_part(ptr, scale_ptr, first, end, heads, head, D: tl.constexpr, C: tl.co
     part = load_tile(ptr, first, end, heads, head, 0, D, C, BD)
     if OPERAND != tl.float32:
         part = part.to(tl.float16, bitcast=True).to(tl.float32)
-        part *= load_scalars(scale_ptr, first, end, heads, head, 0.0, C, True)[:, None]
+        part *= scalars(load_scalars(scale_ptr, first, end, heads, head, C, True), 0.0, C, True)[:, None]
     tl.debug_barrier()
     return part
 
@@ -419,10 +433,22 @@ def grads_through_u_kernel(
         k = load_tile(k_ptr, first, end, Hk, kv_head, 0, K, C, BK)
         v = load_tile(v_ptr, first, end, Hk, kv_head, 0, V, C, BV)
         d = load_block(du_chunks_ptr, matrix, 0, 0, K, V, BK, BV)
-        beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-        c = decay_exponents(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G))
-        total = last(c, C)
+        beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA)
+        g = load_scalars(g_ptr, first, end, H, head, C, HAS_G)
         d_scale = tl.load(dscales_ptr + matrix * 2 + 1)
+        u_scale = tl.load(scales_ptr + matrix * 2 + 1)
+        if HAS_G:
+            u = load_block(u_chunks_ptr, matrix, 0, 0, K, V, BK, BV)
+        if HAS_OUTPUT:
+            do = load_tile(do_ptr, first, end, H, head, 0, V, C, BV)
+            q = load_tile(q_ptr, first, end, H, head, 0, K, C, BK)
+            x = load_tile(x_ptr, first, end, H, head, 0, K, C, BK)
+            x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True)
+            alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA)
+            mdm = load_scalars(mdm_ptr, first, end, H, head, C, True)
+        beta = scalars(beta, 1.0, C, HAS_BETA)
+        c = decay_exponents(scalars(g, 0.0, C, HAS_G))
+        total = last(c, C)
         to_end = d_scale * tl.exp2(total - c)
         k, k_unit = unit_rows(k.to(tl.float32))
         v, v_unit = unit_rows(v.to(tl.float32))
@@ -431,8 +457,6 @@ def grads_through_u_kernel(
         key_scale = k_unit * beta
         value_scale = v_unit * beta
         if HAS_G:
-            u = load_block(u_chunks_ptr, matrix, 0, 0, K, V, BK, BV)
-            u_scale = tl.load(scales_ptr + matrix * 2 + 1)
             end_product = tl.exp2(total) * d_scale * u_scale * inner_product(d, u)
         dv = product(k, d, OPERAND) * (to_end * key_scale)[:, None]
         d = load_block_transposed(du_chunks_ptr, matrix, K, V, BK, BV)
@@ -440,22 +464,19 @@ def grads_through_u_kernel(
         if HAS_G:
             end_product += inner_product(dk, k.to(tl.float32) * key_scale[:, None])
         if HAS_OUTPUT:
-            do, do_scale = unit_rows(load_rows(do_ptr, first, end, H, head, V, C, BV))
+            do, do_scale = unit_rows(do.to(tl.float32))
             do = do.to(OPERAND)
-            q = load_rows(q_ptr, first, end, H, head, K, C, BK)
-            x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-            m, m_scale = unit_rows(readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA))
+            m, m_scale = unit_rows(readout(q.to(tl.float32), x.to(tl.float32), x_scale, alpha, C, HAS_ALPHA))
             m = m.to(OPERAND)
-            nu = decay_mask_transposed(c, C) * (SCALE * m_scale * do_scale)[None, :]
-            s = power_of_two(tl.max(nu, 1))
-            nu *= reciprocal_of_power(s)[:, None]
+            nu, s = decay_weights_transposed(c, m_scale * do_scale, C)
+            s *= SCALE
             dv += product(product(k, tl.trans(m), OPERAND) * nu, do, OPERAND) * (s * key_scale)[:, None]
             dk += product(product(v, tl.trans(do), OPERAND) * nu, m, OPERAND) * (s * value_scale)[:, None]
         dk_k = tl.sum(dk * k.to(tl.float32), 1)
         if HAS_G:
             dc = -dk_k * key_scale
             if HAS_OUTPUT:
-                dc += load_scalars(mdm_ptr, first, end, H, head, 0.0, C, True)
+                dc += scalars(mdm, 0.0, C, True)
             store_scalars(dg_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
         if HAS_BETA:
             store_scalars(dbeta_ptr, dk_k * k_unit + tl.sum(dv * v.to(tl.float32), 1) * v_unit, first, end, H, head, C)
@@ -513,11 +534,17 @@ def grads_through_h_kernel(
         matrix = slot.to(tl.int64) * H + head
         k = load_tile(k_ptr, first, end, Hk, kv_head, 0, K, C, BK)
         d = load_block(dh_chunks_ptr, matrix, 0, 0, K, K, BK, BK)
-        beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-        c = decay_exponents(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK))
-        total = last(c, C)
+        beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA)
+        gk = load_scalars(gk_ptr, first, end, H, head, C, HAS_GK)
         d_scale = tl.load(dscales_ptr + matrix * 2)
         h_scale = tl.load(scales_ptr + matrix * 2)
+        if HAS_OUTPUT:
+            x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True)
+            y_scale = load_scalars(y_scale_ptr, first, end, H, head, C, True)
+            eta = load_scalars(eta_ptr, first, end, H, head, C, True)
+        beta = scalars(beta, 1.0, C, HAS_BETA)
+        c = decay_exponents(scalars(gk, 0.0, C, HAS_GK))
+        total = last(c, C)
         k, k_unit = unit_rows(k.to(tl.float32))
         k = k.to(OPERAND)
         key_scale = k_unit * beta
@@ -529,9 +556,9 @@ def grads_through_h_kernel(
         if HAS_GK:
             end_product += 0.5 * inner_product(dk, k.to(tl.float32) * key_scale[:, None])
         if HAS_OUTPUT:
-            x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
-            y_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)
-            eta = load_scalars(eta_ptr, first, end, H, head, 0.0, C, True)
+            x_scale = scalars(x_scale, 0.0, C, True)
+            y_scale = scalars(y_scale, 0.0, C, True)
+            eta = scalars(eta, 0.0, C, True)
             mask = decay_mask_transposed(c, C)
             e = 2.0 * h_scale * key_scale * tl.sum(mask * (tl.exp2(c) * eta)[None, :], 1)
             dk -= product(k, h, OPERAND) * e[:, None]
@@ -557,7 +584,7 @@ def grads_through_h_kernel(
                 dc -= tl.sum(y.to(tl.float32) * q, 1) * y_scale
             store_scalars(dgk_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
         if HAS_BETA:
-            dbeta = load_scalars(dbeta_ptr, first, end, H, head, 0.0, C, True)
+            dbeta = scalars(load_scalars(dbeta_ptr, first, end, H, head, C, True), 0.0, C, True)
             store_scalars(dbeta_ptr, dbeta + dk_k * k_unit, first, end, H, head, C)
         dk_sum += dk * beta[:, None]
     dk_sum += load_part(dk_ptr, dk_scale_ptr, first, end, Hk, kv_head, K, C, BK, OPERAND)

@@ -13,6 +13,7 @@ from .launch import Tensors, block, compact, on_device, polynomial, present, set
 from .tile import (
     decay_exponents,
     decay_mask,
+    decay_weights,
     dense_rows,
     frobenius,
     load_rows,
@@ -23,12 +24,12 @@ from .tile import (
     product,
     readout,
     reciprocal,
+    scalars,
     solve,
     split_product,
     store_rows,
     store_scalars,
     unit_rows,
-    weighted_product,
 )
 
 __all__ = [
@@ -81,17 +82,18 @@ def chunk_solve_kernel(
     # all loads come first: what follows has barriers, behind which each would wait on its own
     k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
     q = load_tile(q_ptr, first, end, H, head, 0, K, C, BK)
-    gk = load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK)
-    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+    gk = load_scalars(gk_ptr, first, end, H, head, C, HAS_GK, 1)
+    beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, 1)
     k, key_scale = unit_rows(k.to(tl.float32))
-    key_scale *= beta
-    c = decay_exponents(gk)
+    k = k.to(OPERAND)
+    key_scale *= scalars(beta, 1.0, C, HAS_BETA, 1)
+    c = decay_exponents(scalars(gk, 0.0, C, HAS_GK, 1))
     mask = decay_mask(c, C)
     gamma = tl.exp2(c)
     phi = frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND)
     store_scalars(phi_ptr, phi, first, end, H, head, C)
     q, q_scale = unit_rows(q.to(tl.float32))
-    x = solve(q, k, key_scale, mask, gamma, h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
+    x = solve(q.to(OPERAND), k, key_scale, mask, gamma, h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
     x, x_scale = unit_rows(x)
     store_rows(x_ptr, x, first, end, H, head, K, C, BK)
     store_scalars(x_scale_ptr, x_scale * q_scale * reciprocal(phi), first, end, H, head, C)
@@ -137,21 +139,24 @@ def chunk_read_kernel(
     matrix = slot.to(tl.int64) * H + head
     x = load_tile(x_ptr, first, end, H, head, 0, K, C, BK)
     q = load_tile(q_ptr, first, end, H, head, 0, K, C, BK)
+    x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True, 1)
+    alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA, 1)
     k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
     v = load_tile(v_ptr, first, end, Hk, head // (H // Hk), 0, V, C, BV)
-    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-    m = readout(q.to(tl.float32), x.to(tl.float32), x_scale_ptr, alpha_ptr, first, end, H, head, C, HAS_ALPHA)
-    m, m_scale = unit_rows(m)
+    beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, 1)
+    g = load_scalars(g_ptr, first, end, H, head, C, HAS_G, 1)
+    u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
+    m, m_scale = unit_rows(readout(q.to(tl.float32), x.to(tl.float32), x_scale, alpha, C, HAS_ALPHA, 1))
     k, key_scale = unit_rows(k.to(tl.float32))
     v, v_scale = unit_rows(v.to(tl.float32))
+    beta = scalars(beta, 1.0, C, HAS_BETA, 1)
     key_scale *= beta
     v_scale *= beta
-    u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
-    c = decay_exponents(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G))
+    c = decay_exponents(scalars(g, 0.0, C, HAS_G, 1))
     # where q lies across the keys, m is long and hardly reads U: its digits count
     o = split_product(m, u, OPERAND) * (tl.exp2(c) * u_scale)[:, None]
-    weight = decay_mask(c, C) * (key_scale * v_scale)[None, :]
-    o += weighted_product(split_product(m, tl.trans(k), OPERAND), weight, v, OPERAND)
+    weight, weight_scale = decay_weights(c, key_scale * v_scale, C)
+    o += product(split_product(m, tl.trans(k), OPERAND) * weight, v, OPERAND) * weight_scale[:, None]
     store_rows(o_ptr, o * (m_scale * SCALE)[:, None], first, end, H, head, V, C, BV)
 
 
@@ -252,26 +257,34 @@ def chunk_read_bwd_kernel(
     v = load_tile(v_ptr, first, end, Hk, head // (H // Hk), 0, V, C, BV)
     k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
     u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
-    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
+    beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, 1)
+    g = load_scalars(g_ptr, first, end, H, head, C, HAS_G, 1)
+    x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True, 1)
+    alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA, 1)
     do, do_scale = unit_rows(do.to(tl.float32))
     v, v_scale = unit_rows(v.to(tl.float32))
     k, key_scale = unit_rows(k.to(tl.float32))
+    beta = scalars(beta, 1.0, C, HAS_BETA, 1)
     key_scale *= beta
     v_scale *= beta
-    c = decay_exponents(load_scalars(g_ptr, first, end, H, head, 0.0, C, HAS_G))
+    c = decay_exponents(scalars(g, 0.0, C, HAS_G, 1))
     dm = product(do, tl.trans(u), OPERAND) * (tl.exp2(c) * u_scale)[:, None]
-    weight = decay_mask(c, C) * (key_scale * v_scale)[None, :]
-    dm += weighted_product(product(do, tl.trans(v), OPERAND), weight, k, OPERAND)
+    weight, weight_scale = decay_weights(c, key_scale * v_scale, C)
+    dm += product(product(do, tl.trans(v), OPERAND) * weight, k, OPERAND) * weight_scale[:, None]
+    # these two as soon as registers are free
+    x = load_tile(x_ptr, first, end, H, head, 0, K, C, BK)
+    if HAS_ALPHA:
+        q = load_tile(q_ptr, first, end, H, head, 0, K, C, BK)
     dm, dm_scale = unit_rows(dm)
+    dm = dm.to(OPERAND)  # as it is stored; from here on a float32 tile would only go from layout to layout
     dm_scale *= do_scale * SCALE
     store_rows(dm_ptr, dm, first, end, H, head, K, C, BK)
     store_scalars(dm_scale_ptr, dm_scale, first, end, H, head, C)
-    x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-    mdm = dm_scale * load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True) * tl.sum(dm * x, 1)  # x·dm
+    mdm = dm_scale * scalars(x_scale, 0.0, C, True, 1) * tl.sum(dm.to(tl.float32) * x.to(tl.float32), 1)  # x·dm
     if HAS_ALPHA:
-        dmq = dm_scale * tl.sum(dm * load_rows(q_ptr, first, end, H, head, K, C, BK), 1)
+        dmq = dm_scale * tl.sum(dm.to(tl.float32) * q.to(tl.float32), 1)
         store_scalars(dalpha_ptr, mdm - dmq, first, end, H, head, C)
-        mdm = dmq + load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA) * (mdm - dmq)
+        mdm = dmq + scalars(alpha, 1.0, C, HAS_ALPHA, 1) * (mdm - dmq)
     store_scalars(mdm_ptr, mdm, first, end, H, head, C)
 
 
@@ -320,24 +333,30 @@ def chunk_solve_bwd_kernel(
     h, h_scale = load_state(h_chunks_ptr, scales_ptr, matrix, 0, 0, K, K, BK, BK)
     k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
     held = load_tile(y_ptr, first, end, H, head, 0, K, C, BK)
-    beta = load_scalars(beta_ptr, first, end, H, head, 1.0, C, HAS_BETA)
-    phi = load_scalars(phi_ptr, first, end, H, head, 0.0, C, True)
-    dm_scale = load_scalars(y_scale_ptr, first, end, H, head, 0.0, C, True)  # before the solve: no warp may have stored y_scale yet
-    c = decay_exponents(load_scalars(gk_ptr, first, end, H, head, 0.0, C, HAS_GK))
+    beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, 1)
+    phi = load_scalars(phi_ptr, first, end, H, head, C, True, 1)
+    dm_scale = load_scalars(y_scale_ptr, first, end, H, head, C, True, 1)  # before the solve: no warp may have stored y_scale yet
+    gk = load_scalars(gk_ptr, first, end, H, head, C, HAS_GK, 1)
+    alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA, 1)
+    x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True, 1)
     k, key_scale = unit_rows(k.to(tl.float32))
-    key_scale *= beta
-    dm = held.to(tl.float32)
-    y = solve(dm, k, key_scale, decay_mask(c, C), tl.exp2(c), h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
+    key_scale *= scalars(beta, 1.0, C, HAS_BETA, 1)
+    c = decay_exponents(scalars(gk, 0.0, C, HAS_GK, 1))
+    phi = scalars(phi, 0.0, C, True, 1)
+    dm_scale = scalars(dm_scale, 0.0, C, True, 1)
+    alpha = scalars(alpha, 1.0, C, HAS_ALPHA, 1)
+    x_scale = scalars(x_scale, 0.0, C, True, 1)
+    k = k.to(OPERAND)
+    y = solve(held, k, key_scale, decay_mask(c, C), tl.exp2(c), h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
     y, y_scale = unit_rows(y)
+    y = y.to(OPERAND)  # as it is stored
     gain = reciprocal(phi)
-    alpha = load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)
     y_scale *= gain * alpha * dm_scale
     store_rows(y_ptr, y, first, end, H, head, K, C, BK)
     store_scalars(y_scale_ptr, y_scale, first, end, H, head, C)
     x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-    x_scale = load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)
-    store_scalars(eta_ptr, RIDGE_RATIO * gain * x_scale * y_scale * tl.sum(x * y, 1), first, end, H, head, C)
-    dq = y * y_scale[:, None]
+    store_scalars(eta_ptr, RIDGE_RATIO * gain * x_scale * y_scale * tl.sum(x * y.to(tl.float32), 1), first, end, H, head, C)
+    dq = y.to(tl.float32) * y_scale[:, None]
     if HAS_ALPHA:
         dq += held.to(tl.float32) * ((1.0 - alpha) * dm_scale)[:, None]
     store_rows(dq_ptr, dq, first, end, H, head, K, C, BK)

@@ -22,6 +22,7 @@ from .tile import (
     power_of_two,
     reciprocal_of_power,
     row_scales,
+    scalars,
     split_outer_product,
     store_state,
 )
@@ -69,9 +70,12 @@ def chunk_factors_kernel(
     matrix = slot.to(tl.int64) * H + h
     k = load_tile(k_ptr, first, end, Hk, h // (H // Hk), 0, K, C, BK)
     v = load_tile(v_ptr, first, end, Hk, h // (H // Hk), 0, V, C, BV)
-    g = load_scalars(g_ptr, first, end, H, h, 0.0, C, HAS_G)
-    gk = load_scalars(gk_ptr, first, end, H, h, 0.0, C, HAS_GK)
-    beta = load_scalars(beta_ptr, first, end, H, h, 1.0, C, HAS_BETA)
+    g = load_scalars(g_ptr, first, end, H, h, C, HAS_G)
+    gk = load_scalars(gk_ptr, first, end, H, h, C, HAS_GK)
+    beta = load_scalars(beta_ptr, first, end, H, h, C, HAS_BETA)
+    g = scalars(g, 0.0, C, HAS_G)
+    gk = scalars(gk, 0.0, C, HAS_GK)
+    beta = scalars(beta, 1.0, C, HAS_BETA)
     k_unit = row_scales(k)
     v_unit = row_scales(v)
     row = tl.arange(0, C)

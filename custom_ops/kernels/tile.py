@@ -2,7 +2,7 @@
 
 Numbers.  With 16-bit inputs every matrix product runs on float16 operands: eleven bits, but little range.  So no tile reaches a
 product as it came: rows are divided by powers of two that bring their largest entry into [1, 2) (:func:`unit_rows`), and what was
-divided out comes back in float32, in the weights of :func:`weighted_product` or after the product.  With float32 inputs the same
+divided out comes back in float32, in the weights of :func:`decay_weights` or after the product.  With float32 inputs the same
 code splits every operand in two float16 numbers (:func:`product_into`), which needs the same care for range.
 
 Rows.  The tokens of all sequences are the rows of matrices [rows, heads, width]; a chunk is ``C`` consecutive rows from ``first``,
@@ -16,6 +16,8 @@ __all__ = [
     "decay_exponents",
     "decay_mask",
     "decay_mask_transposed",
+    "decay_weights",
+    "decay_weights_transposed",
     "dense_rows",
     "frobenius",
     "inner_product",
@@ -36,6 +38,7 @@ __all__ = [
     "reciprocal",
     "reciprocal_of_power",
     "row_scales",
+    "scalars",
     "solve",
     "split_outer_product",
     "split_product",
@@ -45,7 +48,6 @@ __all__ = [
     "store_state",
     "unit_rows",
     "unit_scale",
-    "weighted_product",
 ]
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # below this ‖H‖_F counts as zero
@@ -122,17 +124,31 @@ def store_rows(ptr, tile, first, end, heads, head, D: tl.constexpr, C: tl.conste
 
 
 @triton.jit
-def load_scalars(ptr, first, end, heads, head, absent: tl.constexpr, C: tl.constexpr, HAS: tl.constexpr):
-    """[C] float32 of a [rows, heads] matrix; the constant ``absent`` where the argument was None.
+def load_scalars(ptr, first, end, heads, head, C: tl.constexpr, HAS: tl.constexpr, AXIS: tl.constexpr = 0):
+    """What :func:`scalars` makes [C] of: scalars of a [rows, heads] matrix and, along AXIS, copies that are zero instead of loaded.
 
-    The sum is over one row and others that load nothing. It keeps the compiler from loading the vector anew in every layout that it
-    is used in, element by element with an address and a mask for each: that costs more registers than the tiles do.
+    The copies make a tile of a size that counts as worth loading once: the compiler would load a vector anew in every layout that
+    it is used in, element by element with an address and a mask for each, and that costs more registers than the tiles do.
+
+    A kernel loads all that it can before it uses any of it: uses have barriers, behind which every load would wait on its own.
     """
     if HAS:
-        copy = tl.arange(0, 256 // C)[:, None]  # a tile that size counts as worth loading once
-        row = tl.arange(0, C)[None, :]
+        copy = tl.expand_dims(tl.arange(0, 256 // C), 1 - AXIS)
+        row = tl.expand_dims(tl.arange(0, C), AXIS)
         inside = (row < rows_left(first, end, C)) & (copy == 0)
-        return tl.sum(tl.load(ptr + first * heads + head + row * heads + copy * 0, mask=inside, other=0.0).to(tl.float32), 0)
+        return tl.load(ptr + first * heads + head + row * heads + copy * 0, mask=inside, other=0.0)
+    else:
+        return 0.0
+
+
+@triton.jit
+def scalars(loaded, absent: tl.constexpr, C: tl.constexpr, HAS: tl.constexpr, AXIS: tl.constexpr = 0):
+    """[C] float32 of what load_scalars returned; the constant ``absent`` where the argument was None.
+
+    AXIS: which of the two is the faster was timed, kernel by kernel (docs/performance.md).
+    """
+    if HAS:
+        return tl.sum(loaded.to(tl.float32), AXIS)
     else:
         return tl.full((C,), absent, tl.float32)
 
@@ -223,13 +239,6 @@ def split_product(a, b, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def weighted_product(p, weight, b, OPERAND: tl.constexpr):
-    """(p ∘ weight) @ b, the weights normalised row by row so that they fit the operand precision."""
-    s = power_of_two(tl.max(tl.abs(weight), 1))
-    return product(p * (weight * reciprocal_of_power(s)[:, None]), b, OPERAND) * s[:, None]
-
-
-@triton.jit
 def split_outer_product(a, b, OPERAND: tl.constexpr):
     """aᵀ @ b [BD, BE] for a [C, BD] with no more digits than OPERAND: b in two parts, so that its digits count."""
     total = product_into(a, b, tl.zeros((a.shape[1], b.shape[1]), tl.float32), OPERAND, True)
@@ -259,6 +268,38 @@ def decay_mask_transposed(c, C: tl.constexpr):
     """D_tj with j along the rows, computed rather than transposed (see docs/design.md)."""
     row = tl.arange(0, C)
     return tl.exp2(tl.where(row[:, None] <= row[None, :], c[None, :] - c[:, None], float("-inf")))
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def unit_exponent(x):
+    """⌊x⌋ within what float32 can have as the exponents of a number and its reciprocal."""
+    return tl.minimum(tl.maximum(tl.floor(x), -126.0), 126.0)
+
+
+@triton.jit
+def decay_weights(c, weight, C: tl.constexpr):
+    """(w [C, C], s [C]) with D_tj weight_j = s_t w_tj: s_t powers of two, w_tj below 2; for weights that are not negative.
+
+    In exponents the scales are a running maximum of C numbers, and the tile is formed once, in the layout that it is used in.
+    """
+    row = tl.arange(0, C)
+    e = tl.log2(weight) - c
+    s = unit_exponent(c + tl.associative_scan(e, 0, larger))
+    return tl.exp2(tl.where(row[:, None] >= row[None, :], (c - s)[:, None] + e[None, :], float("-inf"))), tl.exp2(s)
+
+
+@triton.jit
+def decay_weights_transposed(c, weight, C: tl.constexpr):
+    """(w [C, C], s [C]) with D_tj weight_t = s_j w_jt, j along the rows; see decay_weights."""
+    row = tl.arange(0, C)
+    e = tl.log2(weight) + c
+    s = unit_exponent(tl.associative_scan(e, 0, larger, reverse=True) - c)
+    return tl.exp2(tl.where(row[:, None] <= row[None, :], e[None, :] - (c + s)[:, None], float("-inf"))), tl.exp2(s)
 
 
 @triton.jit
@@ -334,11 +375,11 @@ def store_state(
 
 
 @triton.jit
-def readout(q, x, x_scale_ptr, alpha_ptr, first, end, H, head, C: tl.constexpr, HAS_ALPHA: tl.constexpr):
+def readout(q, x, x_scale, alpha, C: tl.constexpr, HAS_ALPHA: tl.constexpr, AXIS: tl.constexpr = 0):
     """m = q + α(x_scale x − q) [C, BK]."""
-    m = x * load_scalars(x_scale_ptr, first, end, H, head, 0.0, C, True)[:, None]
+    m = x * scalars(x_scale, 0.0, C, True, AXIS)[:, None]
     if HAS_ALPHA:
-        m = q + load_scalars(alpha_ptr, first, end, H, head, 1.0, C, HAS_ALPHA)[:, None] * (m - q)
+        m = q + scalars(alpha, 1.0, C, HAS_ALPHA, AXIS)[:, None] * (m - q)
     return m
 
 
@@ -355,7 +396,7 @@ def frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND: tl.constexpr):
     unit = power_of_two(tl.maximum(h_scale, tl.max(square_scale, 0)))  # φ² would leave float32 where φ does not
     square_scale *= reciprocal_of_power(unit)
     start_gain = gamma * (h_scale * reciprocal_of_power(unit))
-    cross = tl.sum(product(k, h, OPERAND) * k, 1) * square_scale  # kᵀ h k of each key
+    cross = tl.sum(product(k, h, OPERAND) * k.to(tl.float32), 1) * square_scale  # kᵀ h k of each key
     gram = product(k, tl.trans(k), OPERAND)
     row = tl.arange(0, C)
     twice = tl.where(row[:, None] == row[None, :], 1.0, 2.0)
@@ -373,7 +414,7 @@ def next_term(t, previous, start_gain, inner, h, k, kt, OPERAND: tl.constexpr):
 
 @triton.jit
 def solve(
-    rhs,  # [C, BK] unit rows q_t, float32
+    rhs,  # [C, BK] unit rows q_t in 16 bits, where OPERAND has no more: a float32 tile would go from layout to layout three times
     k,  # [C, BK] keys divided by key_scale
     key_scale,  # [C]
     mask,  # [C, C] D
@@ -402,7 +443,7 @@ def solve(
     h = h.to(OPERAND)
     k = k.to(OPERAND)
     kt = tl.trans(k)
-    even = rhs
+    even = rhs.to(tl.float32)
     odd = 0.5 * next_term(even, tl.zeros_like(even), start_gain, inner, h, k, kt, OPERAND)
     power = -TAU
     tail = -TAIL / TAU
