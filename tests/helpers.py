@@ -35,6 +35,7 @@ class Case:
     state: bool = True
     lengths: tuple[int, ...] = ()  # packed sequences
     shared_decay: bool = False  # one tensor as g and gk
+    forgets: float = 0.0  # log decay of every ninth token, and of all tokens in the last head
 
     def __str__(self) -> str:
         return self.name
@@ -83,6 +84,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int =
         "h0": square @ square.mT / K,
         "u0": normal(N, H, K, V),
     }
+    if case.forgets:
+        for name in ("g", "gk"):
+            made[name][:, 5::9] = made[name][..., -1] = case.forgets
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     for name in ("g", "gk", "alpha", "beta", "h0", "u0"):
         wanted = case.state if name in ("h0", "u0") else name in case.given

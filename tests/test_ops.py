@@ -5,6 +5,7 @@ Which of the three runs is a matter of the machine and of TRITON_INTERPRET; test
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,17 @@ def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
         pytest.skip("slow in the interpreter, and bfloat16 inputs take the same path: float16 products")
     oracle = run_reference(case, dtype, torch.float64)
     check(run_ops(case, dtype, DEVICE), oracle, budget(case, dtype, oracle))
+
+
+@pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="sums of decays in the reference's float32 lose what follows")
+@pytest.mark.parametrize("forgets", [-50.0, -1e6, -1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+def test_decays_that_forget_all(dtype: torch.dtype, forgets: float) -> None:
+    """What comes after a token that forgets all is as exact as after one of -111, whose exp is zero in float32 already."""
+    case = Case("forgets", B=1, T=40, forgets=forgets)
+    zero = replace(case, forgets=-111.0)
+    allowed = budget(zero, dtype, run_reference(zero, dtype, torch.float64, 32), 32)
+    check(run_ops(case, dtype, DEVICE, 32), run_reference(case, dtype, torch.float64, 32), allowed)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="minutes in the interpreter; the same code path is covered by the small widths")

@@ -276,13 +276,12 @@ def chunk_read_bwd_kernel(
     if HAS_ALPHA:
         q = load_tile(q_ptr, first, end, H, head, 0, K, C, BK)
     dm, dm_scale = unit_rows(dm)
-    dm = dm.to(OPERAND)  # as it is stored; from here on a float32 tile would only go from layout to layout
     dm_scale *= do_scale * SCALE
     store_rows(dm_ptr, dm, first, end, H, head, K, C, BK)
     store_scalars(dm_scale_ptr, dm_scale, first, end, H, head, C)
-    mdm = dm_scale * scalars(x_scale, 0.0, C, True, 1) * tl.sum(dm.to(tl.float32) * x.to(tl.float32), 1)  # x·dm
+    mdm = dm_scale * scalars(x_scale, 0.0, C, True, 1) * tl.sum(dm * x.to(tl.float32), 1)  # x·dm
     if HAS_ALPHA:
-        dmq = dm_scale * tl.sum(dm.to(tl.float32) * q.to(tl.float32), 1)
+        dmq = dm_scale * tl.sum(dm * q.to(tl.float32), 1)
         store_scalars(dalpha_ptr, mdm - dmq, first, end, H, head, C)
         mdm = dmq + scalars(alpha, 1.0, C, HAS_ALPHA, 1) * (mdm - dmq)
     store_scalars(mdm_ptr, mdm, first, end, H, head, C)

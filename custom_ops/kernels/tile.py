@@ -52,6 +52,7 @@ __all__ = [
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # below this ‖H‖_F counts as zero
 LOG2E = tl.constexpr(1.4426950408889634)
+LEAST_EXPONENT = tl.constexpr(-160.0)  # of a token's decay: 2^-160 is zero in float32, and more would cost what follows its digits
 
 
 @triton.jit
@@ -253,7 +254,8 @@ def decay_exponents(decay):
 
     Base 2, because tl.exp2 is one instruction, and tl.exp five, in masks of C² elements.
     """
-    return tl.cumsum(decay * LOG2E, 0)
+    exponent = decay * LOG2E
+    return tl.cumsum(tl.where(exponent < LEAST_EXPONENT, LEAST_EXPONENT, exponent), 0)
 
 
 @triton.jit
@@ -276,30 +278,26 @@ def larger(a, b):
 
 
 @triton.jit
-def unit_exponent(x):
-    """⌊x⌋ within what float32 can have as the exponents of a number and its reciprocal."""
-    return tl.minimum(tl.maximum(tl.floor(x), -126.0), 126.0)
+def power_near(exponent):
+    """2^⌊exponent⌋, of those that float32 has the reciprocals of."""
+    return tl.exp2(tl.minimum(tl.maximum(tl.floor(exponent), -126.0), 126.0))
 
 
 @triton.jit
 def decay_weights(c, weight, C: tl.constexpr):
-    """(w [C, C], s [C]) with D_tj weight_j = s_t w_tj: s_t powers of two, w_tj below 2; for weights that are not negative.
+    """(w [C, C], s [C]) with D_tj weight_j = s_t w_tj: s_t powers of two, w_tj below 4; for weights that are not negative.
 
-    In exponents the scales are a running maximum of C numbers, and the tile is formed once, in the layout that it is used in.
+    The scales are a running maximum of C exponents: for a maximum over the tile, the compiler forms it a second time.
     """
-    row = tl.arange(0, C)
-    e = tl.log2(weight) - c
-    s = unit_exponent(c + tl.associative_scan(e, 0, larger))
-    return tl.exp2(tl.where(row[:, None] >= row[None, :], (c - s)[:, None] + e[None, :], float("-inf"))), tl.exp2(s)
+    s = power_near(c + tl.associative_scan(tl.log2(weight) - c, 0, larger))
+    return decay_mask(c, C) * weight[None, :] * reciprocal_of_power(s)[:, None], s
 
 
 @triton.jit
 def decay_weights_transposed(c, weight, C: tl.constexpr):
     """(w [C, C], s [C]) with D_tj weight_t = s_j w_jt, j along the rows; see decay_weights."""
-    row = tl.arange(0, C)
-    e = tl.log2(weight) + c
-    s = unit_exponent(tl.associative_scan(e, 0, larger, reverse=True) - c)
-    return tl.exp2(tl.where(row[:, None] <= row[None, :], e[None, :] - (c + s)[:, None], float("-inf"))), tl.exp2(s)
+    s = power_near(tl.associative_scan(tl.log2(weight) + c, 0, larger, reverse=True) - c)
+    return decay_mask_transposed(c, C) * weight[None, :] * reciprocal_of_power(s)[:, None], s
 
 
 @triton.jit
