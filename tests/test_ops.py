@@ -63,6 +63,8 @@ def test_decays_that_forget_all(dtype: torch.dtype, forgets: float) -> None:
     case = Case("forgets", B=1, T=40, forgets=forgets)
     zero = replace(case, forgets=-111.0)
     allowed = budget(zero, dtype, run_reference(zero, dtype, torch.float64, 32), 32)
+    # the kernels' sums of decays are in base 2: numbers 1.44 times as large have an ulp of up to twice the reference's
+    allowed = {name: 2 * x for name, x in allowed.items()}
     check(run_ops(case, dtype, DEVICE, 32), run_reference(case, dtype, torch.float64, 32), allowed)
 
 
