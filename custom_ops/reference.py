@@ -32,6 +32,7 @@ __all__ = [
     "step",
 ]
 
+LEAST_DECAY = {torch.float32: -111.0, torch.float64: -746.0}  # log decays of a token whose exp is zero
 TINY = torch.finfo(torch.float32).tiny  # below this ‖H‖_F counts as zero: 1/φ would overflow float32
 
 
@@ -170,6 +171,9 @@ def _chunks(
         x = split(x.to(dtype), cu_seqlens, chunk_size)
         return x.repeat_interleave(repeat, 1) if repeat > 1 else x
 
+    def running(decay: Tensor) -> Tensor:
+        return prepare(decay).clamp(min=LEAST_DECAY[dtype]).cumsum(-1)  # less would cost the sums of what follows their digits
+
     kc, vc = prepare(k, groups), prepare(v, groups)
     bc = None if beta is None else prepare(beta).unsqueeze(-1)
     none = kc.new_zeros(()).expand(kc.shape[:-1])
@@ -179,8 +183,8 @@ def _chunks(
         kc,
         vc,
         bc,
-        none if gk is None else prepare(gk).cumsum(-1),
-        none if g is None else prepare(g).cumsum(-1),
+        none if gk is None else running(gk),
+        none if g is None else running(g),
     )
 
 
