@@ -436,8 +436,8 @@ def grads_through_u_kernel(
         beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA)
         g = load_scalars(g_ptr, first, end, H, head, C, HAS_G)
         d_scale = tl.load(dscales_ptr + matrix * 2 + 1)
-        u_scale = tl.load(scales_ptr + matrix * 2 + 1)
         if HAS_G:
+            u_scale = tl.load(scales_ptr + matrix * 2 + 1)
             u = load_block(u_chunks_ptr, matrix, 0, 0, K, V, BK, BV)
         if HAS_OUTPUT:
             do = load_tile(do_ptr, first, end, H, head, 0, V, C, BV)
@@ -445,7 +445,8 @@ def grads_through_u_kernel(
             x = load_tile(x_ptr, first, end, H, head, 0, K, C, BK)
             x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True)
             alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA)
-            mdm = load_scalars(mdm_ptr, first, end, H, head, C, True)
+            if HAS_G:
+                mdm = load_scalars(mdm_ptr, first, end, H, head, C, True)
         beta = scalars(beta, 1.0, C, HAS_BETA)
         c = decay_exponents(scalars(g, 0.0, C, HAS_G))
         total = last(c, C)

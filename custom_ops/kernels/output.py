@@ -82,12 +82,12 @@ def chunk_solve_kernel(
     # all loads come first: what follows has barriers, behind which each would wait on its own
     k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
     q = load_tile(q_ptr, first, end, H, head, 0, K, C, BK)
-    gk = load_scalars(gk_ptr, first, end, H, head, C, HAS_GK, 1)
-    beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, 1)
+    gk = load_scalars(gk_ptr, first, end, H, head, C, HAS_GK, AXIS=1)
+    beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, AXIS=1)
     k, key_scale = unit_rows(k.to(tl.float32))
     k = k.to(OPERAND)
-    key_scale *= scalars(beta, 1.0, C, HAS_BETA, 1)
-    c = decay_exponents(scalars(gk, 0.0, C, HAS_GK, 1))
+    key_scale *= scalars(beta, 1.0, C, HAS_BETA, AXIS=1)
+    c = decay_exponents(scalars(gk, 0.0, C, HAS_GK, AXIS=1))
     mask = decay_mask(c, C)
     gamma = tl.exp2(c)
     phi = frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND)
@@ -139,20 +139,20 @@ def chunk_read_kernel(
     matrix = slot.to(tl.int64) * H + head
     x = load_tile(x_ptr, first, end, H, head, 0, K, C, BK)
     q = load_tile(q_ptr, first, end, H, head, 0, K, C, BK)
-    x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True, 1)
-    alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA, 1)
+    x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True, AXIS=1)
+    alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA, AXIS=1)
     k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
     v = load_tile(v_ptr, first, end, Hk, head // (H // Hk), 0, V, C, BV)
-    beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, 1)
-    g = load_scalars(g_ptr, first, end, H, head, C, HAS_G, 1)
+    beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, AXIS=1)
+    g = load_scalars(g_ptr, first, end, H, head, C, HAS_G, AXIS=1)
     u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
-    m, m_scale = unit_rows(readout(q.to(tl.float32), x.to(tl.float32), x_scale, alpha, C, HAS_ALPHA, 1))
+    m, m_scale = unit_rows(readout(q.to(tl.float32), x.to(tl.float32), x_scale, alpha, C, HAS_ALPHA, AXIS=1))
     k, key_scale = unit_rows(k.to(tl.float32))
     v, v_scale = unit_rows(v.to(tl.float32))
-    beta = scalars(beta, 1.0, C, HAS_BETA, 1)
+    beta = scalars(beta, 1.0, C, HAS_BETA, AXIS=1)
     key_scale *= beta
     v_scale *= beta
-    c = decay_exponents(scalars(g, 0.0, C, HAS_G, 1))
+    c = decay_exponents(scalars(g, 0.0, C, HAS_G, AXIS=1))
     # where q lies across the keys, m is long and hardly reads U: its digits count
     o = split_product(m, u, OPERAND) * (tl.exp2(c) * u_scale)[:, None]
     weight, weight_scale = decay_weights(c, key_scale * v_scale, C)
@@ -257,17 +257,17 @@ def chunk_read_bwd_kernel(
     v = load_tile(v_ptr, first, end, Hk, head // (H // Hk), 0, V, C, BV)
     k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
     u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
-    beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, 1)
-    g = load_scalars(g_ptr, first, end, H, head, C, HAS_G, 1)
-    x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True, 1)
-    alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA, 1)
+    beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, AXIS=1)
+    g = load_scalars(g_ptr, first, end, H, head, C, HAS_G, AXIS=1)
+    x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True, AXIS=1)
+    alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA, AXIS=1)
     do, do_scale = unit_rows(do.to(tl.float32))
     v, v_scale = unit_rows(v.to(tl.float32))
     k, key_scale = unit_rows(k.to(tl.float32))
-    beta = scalars(beta, 1.0, C, HAS_BETA, 1)
+    beta = scalars(beta, 1.0, C, HAS_BETA, AXIS=1)
     key_scale *= beta
     v_scale *= beta
-    c = decay_exponents(scalars(g, 0.0, C, HAS_G, 1))
+    c = decay_exponents(scalars(g, 0.0, C, HAS_G, AXIS=1))
     dm = product(do, tl.trans(u), OPERAND) * (tl.exp2(c) * u_scale)[:, None]
     weight, weight_scale = decay_weights(c, key_scale * v_scale, C)
     dm += product(product(do, tl.trans(v), OPERAND) * weight, k, OPERAND) * weight_scale[:, None]
@@ -279,11 +279,11 @@ def chunk_read_bwd_kernel(
     dm_scale *= do_scale * SCALE
     store_rows(dm_ptr, dm, first, end, H, head, K, C, BK)
     store_scalars(dm_scale_ptr, dm_scale, first, end, H, head, C)
-    mdm = dm_scale * scalars(x_scale, 0.0, C, True, 1) * tl.sum(dm * x.to(tl.float32), 1)  # x·dm
+    mdm = dm_scale * scalars(x_scale, 0.0, C, True, AXIS=1) * tl.sum(dm * x.to(tl.float32), 1)  # x·dm
     if HAS_ALPHA:
         dmq = dm_scale * tl.sum(dm * q.to(tl.float32), 1)
         store_scalars(dalpha_ptr, mdm - dmq, first, end, H, head, C)
-        mdm = dmq + scalars(alpha, 1.0, C, HAS_ALPHA, 1) * (mdm - dmq)
+        mdm = dmq + scalars(alpha, 1.0, C, HAS_ALPHA, AXIS=1) * (mdm - dmq)
     store_scalars(mdm_ptr, mdm, first, end, H, head, C)
 
 
@@ -332,19 +332,20 @@ def chunk_solve_bwd_kernel(
     h, h_scale = load_state(h_chunks_ptr, scales_ptr, matrix, 0, 0, K, K, BK, BK)
     k = load_tile(k_ptr, first, end, Hk, head // (H // Hk), 0, K, C, BK)
     held = load_tile(y_ptr, first, end, H, head, 0, K, C, BK)
-    beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, 1)
-    phi = load_scalars(phi_ptr, first, end, H, head, C, True, 1)
-    dm_scale = load_scalars(y_scale_ptr, first, end, H, head, C, True, 1)  # before the solve: no warp may have stored y_scale yet
-    gk = load_scalars(gk_ptr, first, end, H, head, C, HAS_GK, 1)
-    alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA, 1)
-    x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True, 1)
+    beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, AXIS=1)
+    phi = load_scalars(phi_ptr, first, end, H, head, C, True, AXIS=1)
+    # before the solve: no warp may have stored y_scale yet
+    dm_scale = load_scalars(y_scale_ptr, first, end, H, head, C, True, AXIS=1)
+    gk = load_scalars(gk_ptr, first, end, H, head, C, HAS_GK, AXIS=1)
+    alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA, AXIS=1)
+    x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True, AXIS=1)
     k, key_scale = unit_rows(k.to(tl.float32))
-    key_scale *= scalars(beta, 1.0, C, HAS_BETA, 1)
-    c = decay_exponents(scalars(gk, 0.0, C, HAS_GK, 1))
-    phi = scalars(phi, 0.0, C, True, 1)
-    dm_scale = scalars(dm_scale, 0.0, C, True, 1)
-    alpha = scalars(alpha, 1.0, C, HAS_ALPHA, 1)
-    x_scale = scalars(x_scale, 0.0, C, True, 1)
+    key_scale *= scalars(beta, 1.0, C, HAS_BETA, AXIS=1)
+    c = decay_exponents(scalars(gk, 0.0, C, HAS_GK, AXIS=1))
+    phi = scalars(phi, 0.0, C, True, AXIS=1)
+    dm_scale = scalars(dm_scale, 0.0, C, True, AXIS=1)
+    alpha = scalars(alpha, 1.0, C, HAS_ALPHA, AXIS=1)
+    x_scale = scalars(x_scale, 0.0, C, True, AXIS=1)
     k = k.to(OPERAND)
     y = solve(held, k, key_scale, decay_mask(c, C), tl.exp2(c), h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
     y, y_scale = unit_rows(y)
