@@ -132,7 +132,7 @@ def export(folder: Path) -> None:
     import torch
 
     from gka_compile.custom_ops.config import gpu_chunk
-    from gka_compile.export import portable_cuda, to_onnx
+    from gka_compile.export import to_onnx
 
     def write(name: str, order: tuple[str, ...], made: dict[str, np.ndarray], **options: Any) -> None:
         with torch.no_grad():
@@ -155,9 +155,7 @@ def export(folder: Path) -> None:
     write("prefill_b1_t512_h2_k64_plugin", PREFILL, made, form="plugin", chunk_size=gpu_chunk(int(HOPPER[0]), 4, 64, 64))
     made = inputs(None, 16, 128)
     write("step_b1_h16_k128_plugin", STEP, made, form="plugin")
-    for degree in (2, 4, 8):
-        portable_cuda.STEP_DEGREE = degree
-        write(f"step_b1_h16_k128_degree{degree}", STEP, made, device="cuda")
+    write("step_b1_h16_k128_fp32", STEP, made, device="cuda")
     half = {n: x[:, :130].astype(np.float16) if n in "qkv" else x for n, x in inputs(512, 16, 128).items()}
     half |= {n: half[n][:, :130] for n in ("g", "gk", "alpha", "beta")}
     write(WIDE, PREFILL, half, device="cuda", mixed=True)

@@ -13,15 +13,14 @@ of all chunks, ỹ ← (w ∘ ỹ) M with M = [P; K̃] [I | K̃ᵀ], and an elem
 whatever the size of keys and states, so float16 products are safe.  It rounds no worse: y K̃ᵀ is carried along, not formed by
 cancellation.
 
-**Step.**  There H is one matrix for one right-hand side, and T_2m = 2 T_m² − 1 turns thirty dependent products into nine.  The sum
-becomes one of products T_8^(g) T_4^b2 T_2^b1 T_1^b0 with constant coefficients, T_8^(g) = T_g(T_8).  Its terms c q are rows of one
-matrix; a product with T_4 adds half of them to the other half, T_2 and T_1 do the same, and what is left, a row for each g, goes
-through Clenshaw's recurrence.  −Z = I − Y, Y = 2H/φ, and all T_m are held as I − T_m, which keeps the digits of small eigenvalues.
+**Step.**  There H is one matrix for one right-hand side, and T_2m = 2 T_m² − 1 turns thirty dependent products into five.  The sum
+becomes one of products T_16^b4 T_8^b3 T_4^b2 T_2^b1 T_1^b0 with constant coefficients.  Its terms c q are rows of one matrix; a
+product with T_1 adds those of b0 = 1 to the others, T_2, T_4, ... do the same, until one row is left.  Above the rows each product
+has T_m itself, which it squares.  −Z = I − Y, Y = 2H/φ, and all T_m are held as I − T_m, which keeps the digits of small eigenvalues.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,11 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gka_compile.custom_ops.polynomial import chebyshev_coefficients
-from gka_compile.custom_ops.reference import compute_dtype, load_states, reciprocal, storage_dtype, store_states
+from gka_compile.custom_ops.reference import LEAST_DECAY, compute_dtype, load_states, reciprocal, storage_dtype, store_states
 
 __all__ = ["chunk_output", "chunk_state", "decays_between", "step"]
-
-STEP_DEGREE = 8  # a power of two, at least 2: the step's solve proceeds in T_STEP_DEGREE(−Z)
 
 
 # --- the polynomial ----------------------------------------------------------------------------------------------------------
@@ -57,18 +54,6 @@ def _clenshaw(product: Callable[[Tensor], Tensor], terms: Sequence[Tensor]) -> T
         d = d + r - product(b)
         b = b + d
     return first + d - product(b) / 2
-
-
-def _grouped(c: list[float], m: int) -> list[list[float]]:
-    """d with Σ_n c_n T_n(z) = Σ_g T_g(T_m(z)) Σ_{j<m} d_gj T_j(z), from 2 T_gm T_j = T_{gm+j} + T_{gm−j}."""
-    rows = math.ceil(len(c) / m)
-    c = c + [0.0] * (rows * m - len(c))
-    d = [[0.0] * m for _ in range(rows + 1)]
-    for g in reversed(range(rows)):
-        d[g][0] = c[g * m]
-        for j in range(1, m):
-            d[g][j] = (2 if g else 1) * (c[g * m + j] - d[g + 1][m - j] / 2)
-    return d[:rows]
 
 
 # --- chunks ------------------------------------------------------------------------------------------------------------------
@@ -106,7 +91,7 @@ def _running(g: Tensor | None, k: Tensor) -> Tensor:
     if g is None:
         return torch.zeros_like(k[..., 0])
     C = k.shape[-2]
-    total = _split(g.to(k.dtype), C) @ torch.ones(C, C, dtype=k.dtype, device=k.device).triu()
+    total = _split(g.to(k.dtype).clamp(min=LEAST_DECAY[k.dtype]), C) @ torch.ones(C, C, dtype=k.dtype, device=k.device).triu()
     return total.reshape(k.shape[:-1])
 
 
@@ -238,32 +223,29 @@ def chunk_output(
 
 
 def _factored(d: Sequence[float]) -> list[float]:
-    """e with Σ_j d_j T_j(z) = Σ_b e_b Π_i T_{2^i}(z), i over the bits of b that are set."""
+    """e with Σ_j d_j T_j(z) = Σ_b e_b Π_i T_{2^i}(z), i over the bits of b that are set; b in bit-reversed order, odd ones last."""
     if len(d) == 1:
         return list(d)
     m = len(d) // 2
     low, high = list(d[:m]), [d[m], *(2 * x for x in d[m + 1 :])]  # T_{m+j} = 2 T_m T_j − T_{m−j}
     for j in range(1, m):
         low[m - j] -= d[m + j]
-    return _factored(low) + _factored(high)
+    return [e for pair in zip(_factored(low), _factored(high), strict=True) for e in pair]
 
 
 def _solve_step(y: Tensor, q: Tensor, ridge_ratio: float, num_iter: int) -> Tensor:
     """φx of one token per head, q [B, H, 1, K], y = 2H/φ [B, H, K, K]."""
-    degree = min(STEP_DEGREE, 1 << num_iter.bit_length())
-    groups = [_factored(row) for row in _grouped(_coefficients(ridge_ratio, num_iter), degree)]
-    # rows (b, g); no tensor of constants, which torch.export does not take in a decomposition, but what runtimes fold to one
-    x = torch.cat([q.new_full((1, 1), e) for terms in zip(*groups, strict=True) for e in terms]) * q
-    powers = [y]  # I − T_m(−Z) for m = 1, 2, 4, …
-    while 1 << len(powers) < degree:
-        powers.append(4 * powers[-1] - 2 * (powers[-1] @ powers[-1]))
-    for p in reversed(powers):
+    c = _coefficients(ridge_ratio, num_iter)
+    terms = _factored(c + [0.0] * ((1 << num_iter.bit_length()) - len(c)))
+    # no tensor of constants, which torch.export does not take in a decomposition, but what runtimes fold to one
+    x = torch.cat([q.new_full((1, 1), e) for e in terms]) * q
+    p = y  # I − T_m(−Z) for m = 1, 2, 4, …
+    while x.shape[-2] > 2:
         low, high = x.chunk(2, -2)
-        x = low + high - high @ p
-    if len(groups) == 1:
-        return x
-    y = 8 * powers[-1] - 4 * (powers[-1] @ powers[-1])
-    return _clenshaw(lambda b: b @ y, x.split(1, -2))
+        square, product = (torch.cat([p, high], -2) @ p).split([p.shape[-2], high.shape[-2]], -2)
+        x, p = low + high - product, 4 * p - 2 * square
+    low, high = x.chunk(2, -2)
+    return low + high - high @ p
 
 
 def step(

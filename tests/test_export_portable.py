@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,6 +111,15 @@ def test_rounds_no_worse_than_the_kernels_may(case: Case, dtype: torch.dtype) ->
         low = specification(case, x)
     floor = torch.finfo(torch.float32).eps
     check(portable(case, x), oracle, {n: 2 * max(relative_error(low[n], oracle[n]), floor) for n in oracle})
+
+
+@pytest.mark.parametrize("forgets", [-50.0, -1e6, -1e9])
+def test_decays_that_forget_all(forgets: float) -> None:
+    """What comes after a token that forgets all is as exact as after one of -111, whose exp is zero in float32 already."""
+    case = Case("forgets", B=1, T=40, forgets=forgets)
+    x, zero = inputs(case, torch.float32), inputs(replace(case, forgets=-111.0), torch.float32)
+    low, high = specification(case, zero), exact(case, zero)
+    check(portable(case, x), exact(case, x), {n: 2 * relative_error(low[n], high[n]) for n in low})
 
 
 @pytest.mark.parametrize("case", DENSE, ids=str)
