@@ -1,19 +1,13 @@
-"""tests/helpers.py and tests/compiling.py importable by their names under --import-mode=importlib; fixtures of several files."""
+"""tests/helpers.py and tests/compiling.py importable by their names under --import-mode=importlib; cores shared between workers."""
 
+import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # more threads than cores wait for each other, over small tensors thirty times as long: in workers and in what they start
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.setdefault(name, str(threads))
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a shared machine take thirty times as long over small tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -21,7 +21,6 @@ from gka_compile.export import export_program, to_onnx  # noqa: E402
 from gka_compile.export.to_onnx import nodes  # noqa: E402
 from gka_compile.model import ByteLM, ModelConfig  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK = 16
 CASE = {case.name: replace(case, B=2) for case in CASES}
 STATES = ["h_chunks", "u_chunks", "state_scales"]

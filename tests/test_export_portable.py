@@ -24,7 +24,6 @@ from gka_compile.custom_ops import reference
 from gka_compile.export.portable import decompositions
 from gka_compile.export.portable_cuda import decays_between
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNK = 16
 DENSE = [case for case in CASES if not case.lengths]
 gka = torch.ops.gka

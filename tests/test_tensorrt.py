@@ -46,7 +46,6 @@ from gka_compile.export.to_onnx import present_name  # noqa: E402
 from gka_compile.model import ByteLM, ModelConfig  # noqa: E402
 
 module = sys.modules[to_tensorrt.__module__]
-pytestmark = pytest.mark.usefixtures("one_thread")
 MAX_LENGTH, NUM_ITER = 384, 5
 
 
