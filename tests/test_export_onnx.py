@@ -27,8 +27,8 @@ OUTPUTS = ["o", "present_h", "present_u"]
 # One a turn of the solve; for H and U each running decays, increments, decays between chunks and states; [P; K̃] K̃ᵀ, q K̃ᵀ, two for
 # φ, and the read-out.
 PREFILL_PRODUCTS = NUM_ITER + 2 * 4 + 1 + 1 + 2 + 1
-# Five terms are some of eight, in products of T_1, T_2 and T_4, with each of which there is one; the read-out.
-STEP_PRODUCTS = 3 + 1
+# Five terms are some of eight, in products of T_1, T_2 and T_4: T_1 squared, one with T_2, T_4 and T_1 each; the read-out.
+STEP_PRODUCTS = 1 + 3 + 1
 
 
 class Prefill(nn.Module):

@@ -44,9 +44,9 @@ class HalfProducts(RoundedProducts):
         return result * (1 + 2.0**-self.bits * (2 * torch.rand(result.shape, generator=self.generator) - 1))
 
 
-def inputs(case: Case, dtype: torch.dtype, k_scale: float = 1, h_scale: float = 1) -> Inputs:
+def inputs(case: Case, dtype: torch.dtype, k_scale: float = 1, h_scale: float = 1, seed: int = 0) -> Inputs:
     """q, k, v, g, gk, alpha, beta, h0, u0, with keys and the first state of any size."""
-    made = make_inputs(case, dtype)
+    made = make_inputs(case, dtype, seed=seed)
     for name, factor in (("k", k_scale), ("h0", h_scale)):
         made[name] = None if (x := made[name]) is None else x * factor
     if case.shared_decay:
@@ -112,13 +112,23 @@ def test_rounds_no_worse_than_the_kernels_may(case: Case, dtype: torch.dtype) ->
     check(portable(case, x), oracle, {n: 2 * max(relative_error(low[n], oracle[n]), floor) for n in oracle})
 
 
-@pytest.mark.parametrize("forgets", [-50.0, -1e6, -1e9])
+@pytest.mark.parametrize("forgets", [-50.0, -1e6, -1e9, float("-inf")])
 def test_decays_that_forget_all(forgets: float) -> None:
     """What comes after a token that forgets all is as exact as after one of -111, whose exp is zero in float32 already."""
     case = Case("forgets", B=1, T=40, forgets=forgets)
-    x, zero = inputs(case, torch.float32), inputs(replace(case, forgets=-111.0), torch.float32)
-    low, high = specification(case, zero), exact(case, zero)
-    check(portable(case, x), exact(case, x), {n: 2 * relative_error(low[n], high[n]) for n in low})
+    zero = replace(case, forgets=-111.0)
+
+    def made(case: Case, seed: int) -> Inputs:
+        return inputs(case, torch.float32, h_scale=1e8, seed=seed)  # forgotten, too
+
+    draws = []  # the ulp of a sum near -111 is the error: a few sums draw it
+    for seed in range(4):
+        low, high = specification(zero, made(zero, seed)), exact(zero, made(zero, seed))
+        draws.append({n: relative_error(low[n], high[n]) for n in low})
+    allowed = {n: 2 * max(errors[n] for errors in draws) for n in draws[0]}
+    for seed in range(4):
+        x = made(case, seed)
+        check(portable(case, x), exact(case, x), allowed)
 
 
 @pytest.mark.parametrize("case", DENSE, ids=str)
@@ -138,33 +148,39 @@ def test_float16_products_lose_what_float16_products_must(case: Case, k_scale: f
     check(portable(case, x, mixed=True), oracle, allowed)
 
 
-def worst_step(K: int, kind: str) -> tuple[Tensor, Tensor]:
-    """A query [1, 1, K] and a state [1, 1, K, K] that the solve finds hard."""
+def worst_steps(K: int, kind: str) -> Inputs:
+    """q, k, v, h, u of a step that the solve finds hard, of 8 heads; V = 2K, and U begins with I, so that o begins with x."""
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(2000, K, generator=generator, dtype=torch.float64)
-    strong = torch.randn(K, generator=generator, dtype=torch.float64)
-    q = torch.randn(K, generator=generator, dtype=torch.float64)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(8, *shape, generator=generator, dtype=torch.float64)
+
+    keys, strong, q, v = normal(500, K), normal(1, K), normal(1, K), normal(500, K)
     if kind != "isotropic":
-        keys = strong.expand(2000, K) if kind == "rank-1" else keys + 3 * strong
-        q = strong if kind != "strong" else q
-    keys = torch.nn.functional.normalize(keys, dim=-1)
-    return torch.nn.functional.normalize(q, dim=0).view(1, 1, K).float(), (keys.mT @ keys).view(1, 1, K, K).float()
+        keys = strong.expand(8, 500, K) if kind == "rank-1" else keys + 3 * strong
+        q = strong if kind.startswith("q along") else q
+    keys, q = (torch.nn.functional.normalize(x, dim=-1) for x in (keys, q))
+    k, one = torch.zeros(8, 1, K), torch.zeros(8, 1, 2 * K)
+    h, u = keys.mT @ keys, torch.cat([torch.eye(K).expand(8, K, K), keys.mT @ v], -1)
+    if kind == "first token":
+        k, one, h, u = keys[:, :1], v[:, :1].repeat(1, 1, 2), torch.zeros_like(h), torch.zeros_like(u)
+    return [x.float().unsqueeze(0) for x in (q.squeeze(1), k.squeeze(1), one.squeeze(1), h, u)]
 
 
-@pytest.mark.parametrize("kind", ["isotropic", "strong", "q along the strong key", "rank-1"])
+@pytest.mark.parametrize("kind", ["isotropic", "strong", "q along the strong key", "rank-1", "first token"])
 @pytest.mark.parametrize("K", [64, 128])
 def test_step_in_powers_of_z_is_as_exact_as_the_chain(K: int, kind: str) -> None:
     """Doubling the degree rounds matrices instead of vectors; what it may lose is what the op's own chain of products does."""
-    q, h = worst_step(K, kind)
-    zero, u = torch.zeros(1, 1, K), torch.eye(K).expand(1, 1, K, K)
+    x = worst_steps(K, kind)
     rest = (None, None, None, None, 1.0, RIDGE_RATIO, NUM_ITER)
-    oracle = reference.step(q.double(), zero.double(), zero.double(), h.double(), u.double(), *rest)[0]
+    oracle = reference.step(*(t.double() for t in x), *rest)[0]
     with RoundedProducts(22):
-        low = reference.step(q, zero, zero, h, u, *rest)[0]
-    found = decompositions()[gka.step.default](q, zero, zero, h, u, *rest)[0]
-    error, allowed = relative_error(found, oracle), 2 * relative_error(low, oracle)
-    print(f"{error:.1e}, allowed {allowed:.1e}, op {relative_error(gka.step(q, zero, zero, h, u, *rest)[0], oracle):.1e}")
-    assert error <= allowed
+        low = reference.step(*x, *rest)[0]
+    found, op = decompositions()[gka.step.default](*x, *rest)[0], gka.step(*x, *rest)[0]
+    for part in (slice(K), slice(K, None)):  # x, and what U reads of it: x along the keys, where it is small
+        error, once, allowed = (relative_error(o[..., part], oracle[..., part]) for o in (found, op, low))
+        print(f"{error:.1e}, allowed {2 * allowed:.1e}, op {once:.1e}")
+        assert error <= 2 * allowed
 
 
 @pytest.mark.parametrize("num_iter", [1, 2, 3, 7, 8, 16, 30, 100])
