@@ -332,7 +332,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def reciprocal(x: Tensor) -> Tensor:
-    """1/x, and 0 where x is (as good as) zero."""
+    """1/x, and 0 where x is (as good as) zero. The clamp keeps TensorRT 8.5 from a fusion that is wrong (docs/deploy.md)."""
     return torch.where(x < TINY, 0.0, 1.0 / x.clamp(min=TINY))
 
 

@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -164,7 +165,14 @@ def test_float32_products_are_float32() -> None:
     """Builders allow TF32 unless told otherwise. An engine does not tell, its kernels are compiled where it is loaded."""
     builder = rtx.Builder(module.logger(rtx))
     assert builder.create_builder_config().get_flag(rtx.BuilderFlag.TF32)
-    assert not module._configuration(rtx, builder, ["8.9"], None).get_flag(rtx.BuilderFlag.TF32)
+    assert not module._configuration(rtx, builder, True, ["8.9"], None).get_flag(rtx.BuilderFlag.TF32)
+
+
+def test_before_tensorrt_10_cublas_is_left_out() -> None:
+    config = Mock(**{"get_tactic_sources.return_value": 0b1111})
+    builder = Mock(**{"create_builder_config.return_value": config})
+    module._configuration(Mock(TacticSource=Mock(CUBLAS=0)), builder, False, (), None)
+    config.set_tactic_sources.assert_called_once_with(0b1110)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------------
