@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gka_compile.tokens import check_temperature, check_tokens, choose
+from gka_compile.tokens import check_sampling, check_tokens, choose
 
 from .artifact import BACKENDS, ArtifactError, load_manifest
 from .backends import PROVIDERS, AOTInductor, Backend, ONNXRuntime, TensorRT
@@ -112,7 +112,7 @@ class Runner:
             raise TypeError(f"max_new_tokens: expected an int, got {type(max_new_tokens).__name__}")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        check_temperature(temperature)
+        check_sampling(temperature, generator)
         self._check_room("prompt", prompt.shape[1])
         self._check_room("max_new_tokens", prompt.shape[1] + max_new_tokens - 1)
         self.reset()

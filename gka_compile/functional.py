@@ -90,7 +90,7 @@ def chunk_gka(
         gk: natural-log decay of H, likewise. None: H does not decay.
         alpha: how much of the solution replaces the query [B, T, H]. None: all of it (m = x).
         scale: factor of the output. None: K^{-1/2}.
-        ridge_ratio: a > 0, the ridge λ_t as a ratio of ‖H_t‖_F (not λ itself).
+        ridge_ratio: a, the ridge λ_t as a ratio of ‖H_t‖_F (not λ itself), from 1e-10 to 1e10.
         num_iter: Chebyshev iterations, at least 1.
         initial_state: (h_kk [N, H, K, K], h_kv [N, H, K, V]), h_kk symmetric positive semi-definite; N is B, or the number of
             packed sequences. float32 (float64 beside float64). None: zeros.
@@ -177,6 +177,8 @@ def step_gka(
         raise ValueError(
             "inplace: expected no argument that requires grad, got one that does: use torch.no_grad() or inplace=False"
         )
+    if h is u:
+        raise ValueError("state: expected two tensors to update in place, got one for both")
     for name, x in (("state.h_kk", h), ("state.h_kv", u)):
         if not x.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor to update in place, got strides {x.stride()}")

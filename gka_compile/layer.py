@@ -79,7 +79,7 @@ class GatedKalmaNet(nn.Module):
         conv_size: taps of the causal depthwise convolution, at least 2.
         norm_eps: eps of the output norm.
         num_iter: Chebyshev iterations of the solve, at least 1.
-        ridge_ratio: the ridge as a ratio of ‖H‖_F, above 0; named ``ridge_strength`` in released configurations.
+        ridge_ratio: the ridge as a ratio of ‖H‖_F, from 1e-10 to 1e10; named ``ridge_strength`` in released configurations.
         use_beta_gate: False: β = 1.
         use_alpha_connection: False: the solution replaces the query entirely (α = 1).
         use_v_conv: False: v is W_v x, without convolution and silu.
@@ -121,7 +121,11 @@ class GatedKalmaNet(nn.Module):
         check_integers(sizes | {"num_iter": num_iter})
         check_integers({"conv_size": conv_size}, least=2)
         check_heads(num_heads, num_kv_heads, head_dim)
-        check_positive({"norm_eps": norm_eps, "ridge_ratio": ridge_ratio})
+        check_positive({"norm_eps": norm_eps})
+        validation.check_ridge_ratio(ridge_ratio)
+        flags = {"use_beta_gate": use_beta_gate, "use_alpha_connection": use_alpha_connection, "use_v_conv": use_v_conv}
+        flags |= {"use_forgetting_gate": use_forgetting_gate, "use_forgetting_gate_kk": use_forgetting_gate_kk}
+        check_flags(flags | {"gla_rescale": gla_rescale, "use_gate": use_gate})
         self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim = hidden_size, num_heads, num_kv_heads, head_dim
         self.conv_size, self.num_iter, self.ridge_ratio = conv_size, num_iter, float(ridge_ratio)
         self.scale = head_dim**-0.5 if gla_rescale else 1.0
@@ -317,14 +321,15 @@ class GatedKalmaNet(nn.Module):
             raise TypeError(f"hidden_states: expected dtype {self.dtype} (the weights'), got {x.dtype}")
 
     def _check_cache(self, cache: Any, x: Tensor, N: int) -> None:
-        """The convolution's part; the states are checked where they are used."""
         if not isinstance(cache, GKACache):
             raise TypeError(f"cache: expected a GKACache, got {type(cache).__name__}")
+        validation.check_tensor("cache.conv", cache.conv)
         validation.check_shape("cache.conv", cache.conv, (N, self.conv_channels, self.conv_size - 1), "[N,channels,conv_size-1]")
         if cache.conv.dtype != self.dtype:
             raise TypeError(f"cache.conv: expected dtype {self.dtype} (the weights'), got {cache.conv.dtype}")
         if cache.conv.device != x.device:
             raise ValueError(f"cache.conv: expected device {x.device} (hidden_states'), got {cache.conv.device}")
+        validation.check_state("cache.state", cache.state, self.q_proj.weight, N, self.num_heads, self.head_dim, self.head_dim)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -362,6 +367,12 @@ def check_integers(values: dict[str, Any], least: int = 1) -> None:
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_flags(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_positive(values: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_temperature", "check_tokens", "choose"]
+__all__ = ["check_sampling", "check_tokens", "choose"]
 
 
 def check_tokens(name: str, tokens: Any, symbols: str) -> Tensor:
@@ -25,9 +25,13 @@ def check_tokens(name: str, tokens: Any, symbols: str) -> Tensor:
     return tokens
 
 
-def check_temperature(temperature: float) -> None:
+def check_sampling(temperature: Any, generator: Any) -> None:
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature: expected a number, got {type(temperature).__name__}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature: expected a finite number that is not negative, got {temperature}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
 
 
 def choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
@@ -35,4 +39,5 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature makes them infinite
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(-1)
+    least = torch.finfo(torch.float32).tiny  # what is less may be zero in the logits' arithmetic
+    return torch.multinomial((logits / max(temperature, least)).softmax(-1), 1, generator=generator).squeeze(-1)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_chunk", "check_cu_seqlens", "check_ridge_ratio", "check_shape", "check_step", "check_tensor", "check_tolerance"]
+__all__ = [
+    "check_chunk",
+    "check_cu_seqlens",
+    "check_ridge_ratio",
+    "check_shape",
+    "check_state",
+    "check_step",
+    "check_tensor",
+    "check_tolerance",
+]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 128
+LEAST_RIDGE_RATIO = 1e-10  # with less, the coefficients of the solve are differences of numbers that float32 cannot tell apart
 
 
 def check_tensor(name: str, x: Any) -> Tensor:
@@ -38,8 +49,10 @@ def _width(name: str, symbol: str, width: int) -> None:
 def check_ridge_ratio(ridge_ratio: Any) -> None:
     if isinstance(ridge_ratio, bool) or not isinstance(ridge_ratio, (int, float)):
         raise TypeError(f"ridge_ratio: expected a float, got {type(ridge_ratio).__name__}")
-    if not 0 < ridge_ratio < float("inf"):
-        raise ValueError(f"ridge_ratio: expected a positive number, got {ridge_ratio}")
+    if not LEAST_RIDGE_RATIO <= ridge_ratio <= 1 / LEAST_RIDGE_RATIO:
+        raise ValueError(
+            f"ridge_ratio: expected a positive number from {LEAST_RIDGE_RATIO} to {1 / LEAST_RIDGE_RATIO:.0e}, got {ridge_ratio}"
+        )
 
 
 def check_tolerance(tolerance: Any) -> None:
@@ -53,7 +66,7 @@ def _parameters(scale: Any, ridge_ratio: Any, num_iter: Any) -> None:
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
-        if not -float("inf") < scale < float("inf"):  # Dynamo has no math.isfinite of a float that it traces
+        if not -sys.float_info.max <= scale <= sys.float_info.max:  # Dynamo has no math.isfinite of a float that it traces
             raise ValueError(f"scale: expected a finite number, got {scale}")
     check_ridge_ratio(ridge_ratio)
     if isinstance(num_iter, bool) or not isinstance(num_iter, int):
@@ -100,7 +113,7 @@ def _gates(gates: dict[str, Any], q: Tensor, lead: str) -> None:
             raise TypeError(f"{name}: expected dtype float32 or {q.dtype} (q's), got {x.dtype}")
 
 
-def _state(name: str, state: Any, q: Tensor, N: int, H: int, K: int, V: int) -> None:
+def check_state(name: str, state: Any, q: Tensor, N: int, H: int, K: int, V: int) -> None:
     try:
         h, u = state
     except (TypeError, ValueError):
@@ -142,7 +155,7 @@ def check_chunk(
     _parameters(scale, ridge_ratio, num_iter)
     N = B if cu_seqlens is None else check_cu_seqlens(cu_seqlens, B, T, q)
     if state is not None:
-        _state("initial_state", state, q, N, H, K, V)
+        check_state("initial_state", state, q, N, H, K, V)
 
 
 def check_step(q: Any, k: Any, v: Any, state: Any, gates: dict[str, Any], scale: Any, ridge_ratio: Any, num_iter: Any) -> None:
@@ -150,4 +163,4 @@ def check_step(q: Any, k: Any, v: Any, state: Any, gates: dict[str, Any], scale:
     B, H, K, V = _heads(q, k, v, "B")
     _gates(gates, q, "B")
     _parameters(scale, ridge_ratio, num_iter)
-    _state("state", state, q, B, H, K, V)
+    check_state("state", state, q, B, H, K, V)

@@ -204,8 +204,8 @@ def test_autocast_takes_q_k_v_and_leaves_decays_and_states() -> None:
         ),
         ({"num_iter": 0}, ValueError, "num_iter: expected at least 1, got 0"),
         ({"num_iter": 3.0}, TypeError, "num_iter: expected an int, got float"),
-        ({"ridge_ratio": 0.0}, ValueError, r"ridge_ratio: expected a positive number, got 0\.0"),
-        ({"ridge_ratio": float("nan")}, ValueError, "ridge_ratio: expected a positive number, got nan"),
+        ({"ridge_ratio": 0.0}, ValueError, r"ridge_ratio: expected a positive number from .*, got 0\.0"),
+        ({"ridge_ratio": float("nan")}, ValueError, "ridge_ratio: expected a positive number from .*, got nan"),
         ({"scale": True}, TypeError, "scale: expected a float or None, got bool"),
         ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
         ({"ridge_ratio": True}, TypeError, "ridge_ratio: expected a float, got bool"),
@@ -257,6 +257,10 @@ def test_bad_step_is_named() -> None:
         step_gka(q[None], q, q, (h, h))
     with pytest.raises(ValueError, match=r"state\.h_kv: expected shape \[N,H,K,V\]"):
         step_gka(q, q, q, (h, h[..., :8]))
+    with pytest.raises(ValueError, match="state: expected two tensors to update in place, got one for both"):
+        step_gka(q, q, q, (h, h), inplace=True)
+    with pytest.raises(ValueError, match="scale: expected a finite number, got 1000"):
+        step_gka(q, q, q, (h, h), scale=10**400)
 
 
 def test_chunk_lengths_are_powers_of_two_that_tensor_cores_take() -> None:
@@ -321,6 +325,7 @@ def test_num_iter_for_refuses_what_is_no_tolerance() -> None:
             num_iter_for(tolerance)
     with pytest.raises(TypeError, match="tolerance: expected a float, got int"):
         num_iter_for(1)
-    with pytest.raises(ValueError, match=r"ridge_ratio: expected a positive number, got 0\.0"):
-        num_iter_for(1e-3, 0.0)
+    for ridge_ratio in (0.0, 1e-11, 1e11, float("nan")):
+        with pytest.raises(ValueError, match=r"ridge_ratio: expected a positive number from 1e-10 to 1e\+10, got"):
+            num_iter_for(1e-3, ridge_ratio)
     assert num_iter_for(5e-324) > num_iter_for(1e-3) > num_iter_for(0.999) == 1

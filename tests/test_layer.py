@@ -346,14 +346,25 @@ def _bad_calls() -> dict[str, tuple[Callable[[GatedKalmaNet], Any], type[Excepti
         "cache state": (
             lambda m: m(x, cache=cache(m, state=m.init_cache(1).state)),
             ValueError,
-            r"state.h_kk: expected shape \[N,H,K,K\] = \(2, 4, 8, 8\), got \(1, 4, 8, 8\)",
+            r"cache.state.h_kk: expected shape \[N,H,K,K\] = \(2, 4, 8, 8\), got \(1, 4, 8, 8\)",
         ),
+        "no cache conv": (lambda m: m.step(one, cache(m, conv=None)), TypeError, "cache.conv: expected a Tensor, got NoneType"),
+        "no cache state": (
+            lambda m: m.step(one, cache(m, state=None)),
+            TypeError,
+            "cache.state: expected a GKAState .*, got NoneType",
+        ),
+        "flag": (lambda m: GatedKalmaNet(24, 4, use_gate="no"), TypeError, "use_gate: expected a bool, got str"),
         "no conv": (lambda m: GatedKalmaNet(24, 4, head_dim=8, conv_size=1), ValueError, "conv_size: expected at least 2, got 1"),
         "heads": (lambda m: GatedKalmaNet(24, 4, 3, 8), ValueError, "num_kv_heads: expected a divisor of num_heads = 4, got 3"),
         "width": (lambda m: GatedKalmaNet(24, 4, head_dim=12), ValueError, "head_dim: expected a multiple of 8 .*, got 12"),
         "size type": (lambda m: GatedKalmaNet(24.0, 4), TypeError, "hidden_size: expected an int, got float"),
         "iterations": (lambda m: GatedKalmaNet(24, 4, num_iter=0), ValueError, "num_iter: expected at least 1, got 0"),
-        "ridge": (lambda m: GatedKalmaNet(24, 4, ridge_ratio=0), ValueError, "ridge_ratio: expected a positive number, got 0"),
+        "ridge": (
+            lambda m: GatedKalmaNet(24, 4, ridge_ratio=0),
+            ValueError,
+            "ridge_ratio: expected a positive number from .*, got 0",
+        ),
         "batch": (lambda m: m.init_cache(0), ValueError, "batch_size: expected at least 1, got 0"),
     }
 

@@ -246,8 +246,9 @@ def test_load_refuses(tmp_path: Path) -> None:
     good, fields = config.read_text(), CONFIG.to_dict()
     for text, error, message in (
         ("{", ValueError, "config.json: expected JSON"),
-        ("[]", TypeError, "config: expected a dict, got list"),
-        (json.dumps(fields | {"kv_proj_rank": 3}), ValueError, "config: expected fields among .*, got kv_proj_rank"),
+        ("[]", TypeError, "config.json: config: expected a dict, got list"),
+        (json.dumps(fields | {"kv_proj_rank": 3}), ValueError, "config.json: config: expected fields among .*, got kv_proj_rank"),
+        (json.dumps(fields | {"hidden_size": "a"}), TypeError, "config.json: hidden_size: expected an int, got str"),
         (
             json.dumps(fields | {"intermediate_size": 48}),
             ValueError,
@@ -276,7 +277,7 @@ def test_load_refuses(tmp_path: Path) -> None:
         ({"max_length": 1.5}, TypeError, "max_length: expected an int, got float"),
         ({"conv_size": 1}, ValueError, "conv_size: expected at least 2, got 1"),
         ({"rope_theta": "x"}, TypeError, "rope_theta: expected a float, got str"),
-        ({"ridge_ratio": -0.1}, ValueError, "ridge_ratio: expected a positive number, got -0.1"),
+        ({"ridge_ratio": -0.1}, ValueError, "ridge_ratio: expected a positive number from .*, got -0.1"),
         ({"tie_word_embeddings": 1}, TypeError, "tie_word_embeddings: expected a bool, got int"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
@@ -327,6 +328,8 @@ def test_bad_input() -> None:
             ValueError,
             "temperature: expected a finite number that is not negative, got -1",
         ),
+        (lambda: model.generate(tokens, 1, temperature="1"), TypeError, "temperature: expected a number, got str"),
+        (lambda: model.generate(tokens, 1, generator=5), TypeError, r"generator: expected a torch.Generator or None, got int"),
         (lambda: model.generate(tokens.repeat(1, 30), 1), ValueError, "prompt: .* at most max_length = 128 tokens, got 150"),
         (lambda: model.generate(tokens, 125), ValueError, "max_new_tokens: .* at most max_length = 128 tokens, got 129"),
         (lambda: model.generate(tokens, 1, state=model.init_state(1)), ValueError, r"state\['h_state_0'\]: expected shape"),

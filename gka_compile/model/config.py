@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..custom_ops.config import NUM_ITER, RIDGE_RATIO
-from ..layer import check_heads, check_integers, check_positive
+from ..layer import check_flags, check_heads, check_integers, check_positive
+from ..validation import check_ridge_ratio
 
 __all__ = ["ModelConfig"]
 
@@ -61,9 +62,9 @@ class ModelConfig:
         check_integers({name: getattr(self, name) for name in names})
         check_integers({"conv_size": self.conv_size}, least=2)
         check_heads(self.num_heads, self.num_kv_heads, self.head_dim)
-        check_positive({name: getattr(self, name) for name in ("ridge_ratio", "norm_eps", "rope_theta")})
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise TypeError(f"tie_word_embeddings: expected a bool, got {type(self.tie_word_embeddings).__name__}")
+        check_positive({name: getattr(self, name) for name in ("norm_eps", "rope_theta")})
+        check_ridge_ratio(self.ridge_ratio)
+        check_flags({"tie_word_embeddings": self.tie_word_embeddings})
 
     @property
     def layer_types(self) -> list[str]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..layer import RMSNorm, check_integers, exact
-from ..tokens import check_temperature, check_tokens, choose
+from ..tokens import check_sampling, check_tokens, choose
 from .blocks import AttentionBlock, GKABlock, State, place
 from .config import ATTENTION, ModelConfig
 
@@ -153,7 +153,7 @@ class ByteLM(nn.Module):
         """
         check_tokens("prompt", prompt, "[B,T]")
         check_integers({"max_new_tokens": max_new_tokens})
-        check_temperature(temperature)
+        check_sampling(temperature, generator)
         if prompt.numel() and not 0 <= int(prompt.min()) <= int(prompt.max()) < self.config.vocab_size:
             raise ValueError(
                 f"prompt: expected tokens from 0 to {self.config.vocab_size - 1}, got {prompt.min()} to {prompt.max()}"
@@ -200,6 +200,8 @@ class ByteLM(nn.Module):
             config = ModelConfig.from_dict(json.loads(paths[CONFIG].read_text()))
         except (UnicodeDecodeError, json.JSONDecodeError) as e:
             raise ValueError(f"{paths[CONFIG]}: expected JSON, got {e}") from None
+        except (TypeError, ValueError) as e:
+            raise type(e)(f"{paths[CONFIG]}: {e}") from None
         try:
             weights = load_file(paths[WEIGHTS], device=str(device))
         except SafetensorError as e:
