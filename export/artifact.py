@@ -14,6 +14,7 @@ Weights are inside the programs; the folder runs without the model's Python code
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -82,6 +83,9 @@ def save_artifact(
     folder = Path(folder)
     SEALED.check_replaceable(folder)
     if "tensorrt" in backends:
+        known = list(inspect.signature(check_options).parameters)
+        if unknown := sorted(set(tensorrt or {}) - set(known)):
+            raise TypeError(f"tensorrt: expected options among {', '.join(known)}, got {', '.join(unknown)}")
         check_options(**(tensorrt or {}))
     say = progress if progress is not None else lambda _: None
     say("export")

@@ -516,8 +516,9 @@ def check_capabilities(given: Sequence[str] | None) -> tuple[str, ...]:
     except ImportError:
         raise ImportError("a kernel bundle needs Triton, which is not installed: pip install triton") from None
     known = known_capabilities()
-    chosen = known if given is None else tuple(dict.fromkeys(given))
-    if isinstance(given, str) or not chosen or set(chosen) - set(known):
+    listed = given is None or (isinstance(given, Sequence) and not isinstance(given, str))
+    chosen = known if given is None else tuple(dict.fromkeys(given if listed else ()))
+    if not chosen or set(chosen) - set(known):
         raise ValueError(
             f"compute_capabilities: expected some of {', '.join(known)} (those that Triton {triton.__version__} knows), "
             f"got {given!r}"

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from .bundle import build_bundle, check_capabilities, variants
 from .program import LanguageModel, Programs, export_program, max_length, prefill_lengths
-from .sealed import Manifest, check_parents, whole
+from .sealed import Manifest, check_elsewhere, check_parents, whole
 from .to_onnx import OLDEST_OPSET, model_names, to_onnx
+from .to_tensorrt import check_range
 
 __all__ = ["save_fused"]
 
@@ -70,18 +71,18 @@ def save_fused(
     _check_new(folder)
     if form not in SOURCES:
         raise ValueError(f"form: expected one of {', '.join(SOURCES)}, got {form!r}")
-    for name, sizes in (("lengths", lengths), ("batches", batches)):
-        if sizes is None:
-            continue
-        least, usual, most = sizes
-        if not 1 <= least <= usual <= most:
-            raise ValueError(f"{name}: expected 1 <= least <= usual <= most, got {least}, {usual}, {most}")
+    if form != "plugin" and lengths is not None:
+        raise ValueError(f"lengths: expected None for form {form!r}, which no engine is built of, got {lengths}")
+    check_range("lengths", lengths)
+    check_range("batches", batches)
     compute_capabilities = check_capabilities(compute_capabilities)
     say = progress if progress is not None else lambda _: None
     say("export")
     programs = export_program(model)
     lengths = prefill_lengths(lengths, max_length(model, programs))
     needed = [replace(variant, chunk_size=None) for _, program in programs.items() for variant in variants(program)]
+    if not needed:
+        raise ValueError("model: expected layers of Gated KalmaNet, which the kernels are for, got a model without")
     chunks = {c: {v.chunk(c) for v in needed if v.op != "step"} for c in compute_capabilities}
     found = set().union(*chunks.values())
     if len(found) > 1:
@@ -106,9 +107,11 @@ def save_fused(
 
 
 def _check_new(folder: Path) -> None:
+    check_elsewhere(folder)
     check_parents(folder)
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise ValueError(f"{folder}: expected a new or empty folder, got something of that name")
+        kind = "one that is not empty" if folder.is_dir() and not folder.is_symlink() else "something else of that name"
+        raise ValueError(f"{folder}: expected a new or empty folder, got {kind}")
 
 
 def _trtexec(programs: Programs, lengths: Sequence[int], batches: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from gka_compile import __version__
 
-__all__ = ["MANIFEST", "Manifest", "Sealed", "check_file", "check_parents", "digest_of", "whole"]
+__all__ = ["MANIFEST", "Manifest", "Sealed", "check_elsewhere", "check_file", "check_parents", "digest_of", "whole"]
 
 MANIFEST = "manifest.json"
 
@@ -42,8 +42,14 @@ def whole(folder: Path, check_replaceable: Callable[[Path], None]) -> Iterator[P
         raise
 
 
+def check_elsewhere(folder: Path) -> None:
+    """Raise if the process is in ``folder``, which is replaced when it is full."""
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder}: expected a folder beside or below the current one, for it is replaced, got one that holds it")
+
+
 def check_parents(path: Path) -> None:
-    """Raise unless a file or folder can be made at ``path``, absent folders on the way included."""
+    """Raise unless a folder can be made at ``path``, absent folders on the way included."""
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir():
         raise ValueError(f"{path}: expected a place in a folder, got {parent}, which is none")
@@ -52,8 +58,10 @@ def check_parents(path: Path) -> None:
 
 
 def check_file(path: str | Path) -> Path:
-    """Raise unless ``path`` is in a folder."""
+    """Raise unless a file can be made at ``path``, in a folder that exists."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"path: expected a file, got the folder {path}")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"path: expected a file in a folder that exists, got {path}")
     return path
@@ -77,7 +85,8 @@ class Sealed:
     error: type[ValueError]
 
     def check_replaceable(self, folder: Path) -> None:
-        """Raise unless ``folder`` is new, empty, or one of this kind."""
+        """Raise unless ``folder`` is new, empty, or one of this kind, and not where the process is."""
+        check_elsewhere(folder)
         if not folder.exists() and not folder.is_symlink():
             check_parents(folder)
             return

@@ -99,11 +99,16 @@ def to_onnx(
     if opset not in OPSETS:
         raise ValueError(f"opset: expected one from {OLDEST_OPSET} to {NEWEST_OPSET}, got {opset!r}")
     path = check_file(path)
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(f"program: expected an ExportedProgram, got {type(program).__name__}")
     args, _ = program.example_inputs
     inputs, outputs = program.graph_signature.user_inputs, program.graph_signature.user_outputs
     for argument, names, expected in (("input_names", input_names, inputs), ("output_names", output_names, outputs)):
         if len(names) != len(expected):
             raise ValueError(f"{argument}: expected the program's {len(expected)} names, got {len(names)}: {list(names)}")
+    twice = sorted({n for n in (*input_names, *output_names) if [*input_names, *output_names].count(n) > 1})
+    if twice:
+        raise ValueError(f"input_names, output_names: expected every name once, got {', '.join(twice)} more than once")
     table: Table = {}
     if form != "plugin":
         table = decompositions(args[0].device.type if device is None else device, mixed)
@@ -159,7 +164,20 @@ def _convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[
     # both ops of a layer split the same tensors with the same constants
     common.DeduplicateInitializersPass(size_limit=CONSTANT_SIZE)(converted.model)
     common.CommonSubexpressionEliminationPass()(converted.model)
+    _cast_before_norms(converted.model)
     return converted
+
+
+def _cast_before_norms(model: Any) -> None:
+    """The cast of 16-bit x to the scale's float32, which the exporter draws into RMSNormalization: no runtime takes both dtypes."""
+    import onnx_ir
+
+    for node in list(model.graph):
+        if node.op_type == "RMSNormalization" and node.inputs[0].dtype != node.inputs[1].dtype:
+            cast = onnx_ir.node("Cast", [node.inputs[0]], {"to": int(node.inputs[1].dtype)})
+            cast.outputs[0].dtype = node.inputs[1].dtype
+            model.graph.insert_before(node, cast)
+            node.replace_input_with(0, cast.outputs[0])
 
 
 def _dynamic_sizes(program: ExportedProgram) -> dict[int, str]:

@@ -143,7 +143,7 @@ def check_options(
     """Options of :func:`to_tensorrt` that need no model: the library, GPUs for the builder, sizes, whether networks are typed."""
     library = library_of(flavour)
     chosen = _check_capabilities(library, flavour, compute_capabilities)
-    ranges = {name: _check_range(argument, x) for name, argument, x in ((BATCH, "batches", batches), (LENGTH, "lengths", lengths))}
+    ranges = {name: check_range(argument, x) for name, argument, x in ((BATCH, "batches", batches), (LENGTH, "lengths", lengths))}
     if workspace is not None and (isinstance(workspace, bool) or not isinstance(workspace, int) or workspace < 1):
         raise ValueError(f"workspace: expected a positive number of bytes or None, got {workspace!r}")
     strong = flavour == "rtx" or _major(library) >= STRONGLY_TYPED_SINCE
@@ -174,16 +174,17 @@ def _check_capabilities(library: Any, flavour: str, given: Sequence[str] | None)
         return []
     known = {f"{name[2:-1]}.{name[-1]}" for name in dir(library.ComputeCapability) if re.fullmatch(r"SM\d+", name)}
     chosen = RTX_CAPABILITIES if given is None else given
-    if isinstance(chosen, str) or not chosen or len(set(chosen)) != len(chosen) or set(chosen) - known:
+    listed = isinstance(chosen, Sequence) and not isinstance(chosen, str)
+    if not listed or not chosen or len(set(chosen)) != len(chosen) or set(chosen) - known:
         offered = ", ".join(sorted(known, key=float))
         raise ValueError(f"compute_capabilities: expected some of {offered} (TensorRT-RTX {library.__version__}), got {chosen!r}")
     return list(chosen)
 
 
-def _check_range(argument: str, given: Range | None) -> Range | None:
+def check_range(argument: str, given: Range | None) -> Range | None:
     if given is None:
         return None
-    sizes = tuple(given)
+    sizes = tuple(given) if isinstance(given, Sequence) else ()
     if len(sizes) != 3 or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
         raise TypeError(f"{argument}: expected three integers (least, usual, most), got {given!r}")
     if not 1 <= sizes[0] <= sizes[1] <= sizes[2] < 2**31:

@@ -137,6 +137,8 @@ def fused(
     from .export.program import lengths_up_to
     from .model import ByteLM
 
+    if longest_prompt is not None and form != "plugin":
+        raise ValueError(f"--longest-prompt: expected none without --form plugin, got {longest_prompt}")
     lengths = None if longest_prompt is None else lengths_up_to(longest_prompt)
     manifest = save_fused(ByteLM.load(checkpoint).eval(), out, compute_capability, form, lengths=lengths, progress=_say)
     size = sum(entry["bytes"] for entry in manifest["files"].values())
@@ -224,6 +226,7 @@ def info(artifact: Annotated[Path | None, typer.Argument(help="An artifact to de
 def main() -> None:
     """Entry point: errors of use are one line on standard error and exit code 2."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # torch about itself
+    warnings.filterwarnings("ignore", message=".*TRITON_DEFAULT_FP_FUSION.*")  # of Triton 3.9, about 3.10
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # torchvision is not needed
     try:
         app()

@@ -185,6 +185,23 @@ def test_onnx_is_standard_and_loops_over_chunk_states_alone(artifact: Path, mode
     assert present_name("position") == "present_position"
 
 
+def test_float16_models_run(tmp_path: Path) -> None:
+    model = make_model().half()
+    save_artifact(model, tmp_path / "half", ["onnx"])
+    tokens = [torch.randint(256, (2, 70)), torch.randint(256, (2,))]
+    runner, exact = Runner.load(tmp_path / "half", "onnx"), run_model(copy.deepcopy(model).double(), tokens)
+    found = runner.prefill(tokens[0]), runner.step(tokens[1])
+    for x, eager, expected in zip(found, run_model(model, tokens), exact, strict=True):
+        assert (x - expected).norm() <= 2 * (eager - expected).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_dtypes_that_onnxruntime_lacks_are_named(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_artifact(make_model("GKA").to(dtype), tmp_path / "model", ["onnx"])
+    with pytest.raises(RuntimeError, match=r"model: expected operators and dtypes that CPUExecutionProvider runs, got .*implement"):
+        Runner.load(tmp_path / "model", "onnx")
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------------
 
 
@@ -387,12 +404,19 @@ def test_a_compiler_with_its_own_runtime_is_named(tmp_path: Path, monkeypatch: p
         to_aoti(program, tmp_path / "step.so")
 
 
-def test_places_that_cannot_be_written_are_found_before_the_work(model: ByteLM, tmp_path: Path) -> None:
+def test_places_that_cannot_be_written_are_found_before_the_work(
+    model: ByteLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file/a/b: expected a place in a folder, got .*file, which is none"):
         save_artifact(model, tmp_path / "file" / "a" / "b", ["onnx"], progress=pytest.fail)
     with pytest.raises(ValueError, match=r"path: expected a file in a folder that exists, got .*nowhere/a\.pt2"):
         to_aoti(export_program(model).step, tmp_path / "nowhere" / "a.pt2")
+    (tmp_path / "empty" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "here")
+    for folder in (".", ".."):
+        with pytest.raises(ValueError, match=r"\.: expected a folder beside or below the current one, .* got one that holds it"):
+            save_artifact(model, folder, ["onnx"], progress=pytest.fail)
 
 
 def test_folders_made_for_an_artifact_that_fails_are_removed(

@@ -153,6 +153,13 @@ def test_bad_input(step: ExportedProgram, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="path: expected a file in a folder that exists, got"):
         to_onnx(step, tmp_path / "nowhere" / "step.onnx", NAMES, OUTPUTS)
 
+    with pytest.raises(ValueError, match="path: expected a file, got the folder"):
+        to_onnx(step, tmp_path, NAMES, OUTPUTS)
+    with pytest.raises(ValueError, match="input_names, output_names: expected every name once, got q more than once"):
+        to_onnx(step, tmp_path / "step.onnx", NAMES, ["q", *OUTPUTS[1:]])
+    with pytest.raises(TypeError, match="program: expected an ExportedProgram, got Step"):
+        to_onnx(Step(), tmp_path / "step.onnx", NAMES, OUTPUTS)
+
     class New(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.mish(x)

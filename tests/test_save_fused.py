@@ -106,18 +106,25 @@ def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
         save_fused(wide, out, ["8.7", "9.0"])
     with pytest.raises(ValueError, match="form: expected one of plugin, fused, got 'portable'"):
         save_fused(model, out, ["8.7"], form="portable")
-    with pytest.raises(ValueError, match="lengths: expected 1 <= least <= usual <= most, got 4, 2, 8"):
+    with pytest.raises(ValueError, match=r"lengths: expected 1 ≤ least ≤ usual ≤ most < 2\^31, got \(4, 2, 8\)"):
         save_fused(model, out, ["8.7"], lengths=(4, 2, 8))
-    for wrong in (["7.5"], ["foo"], ["10.0.0"], "8.7"):
+    for sizes in (512, (1, 2), (1, 2.5, 4)):
+        with pytest.raises(TypeError, match=r"batches: expected three integers \(least, usual, most\), got"):
+            save_fused(model, out, ["8.7"], batches=sizes)
+    with pytest.raises(ValueError, match=r"lengths: expected None for form 'fused', .*, got"):
+        save_fused(model, out, ["8.7"], form="fused", lengths=(1, 2, 3))
+    for wrong in (["7.5"], ["foo"], ["10.0.0"], "8.7", 8.7):
         with pytest.raises(ValueError, match="compute_capabilities: expected some of"):
             save_fused(model, out, wrong, progress=pytest.fail)
     attention = ByteLM(ModelConfig(hidden_size=32, intermediate_size=32, pattern="*", num_heads=2, max_length=64)).eval()
     with pytest.raises(ValueError, match="lengths: expected at most the model's max_length = 64, got 65"):
         save_fused(attention, out, ["8.7"], lengths=(1, 2, 65))
+    with pytest.raises(ValueError, match=r"model: expected layers of Gated KalmaNet, .*, got a model without"):
+        save_fused(attention, out, ["8.7"])
     assert not list(tmp_path.iterdir())
     out.mkdir()
     (out / "mine").write_text("kept")
-    with pytest.raises(ValueError, match="out: expected a new or empty folder"):
+    with pytest.raises(ValueError, match="out: expected a new or empty folder, got one that is not empty"):
         save_fused(model, out, ["8.7"])
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
     assert (out / "mine").read_text() == "kept"

@@ -229,10 +229,13 @@ def test_what_cannot_be_built_is_refused(
         ({"compute_capabilities": ["9.0"]}, "compute_capabilities: expected some of"),
         ({"flavour": "rxt"}, "flavour: expected one of"),
         ({"lengths": (4, 2, 8)}, "lengths: expected 1 ≤ least"),
+        ({"lengths": 512}, r"lengths: expected three integers \(least, usual, most\), got 512"),
+        ({"compute_capabilities": 8.9}, "compute_capabilities: expected some of .*, got 8.9"),
+        ({"length": (1, 2, 3)}, "tensorrt: expected options among flavour, .*, got length"),
     ],
 )
 def test_options_are_checked_before_any_backend_is_built(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         save_artifact(make_model(), tmp_path / "model", ["onnx", "tensorrt"], progress=pytest.fail, tensorrt=options)
     assert list(tmp_path.iterdir()) == []
 
