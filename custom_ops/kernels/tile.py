@@ -303,8 +303,7 @@ def decay_weights_transposed(c, weight, C: tl.constexpr):
 @triton.jit
 def inner_product(a, b):
     """Σ a_ij b_ij in float32, in one sum: one over rows and then one over columns do not always compile for sm_100 (Triton 3.6)."""
-    SIZE: tl.constexpr = a.shape[0] * a.shape[1]
-    return tl.sum(tl.reshape(a.to(tl.float32) * b.to(tl.float32), (SIZE,), can_reorder=True), 0)
+    return tl.sum(a.to(tl.float32) * b.to(tl.float32))
 
 
 @triton.jit
