@@ -231,7 +231,7 @@ def trt_line(t: Any, cuda: Cuda, log: Any, path: Path, tf32: bool, profile: bool
         config.clear_flag(t.BuilderFlag.TF32)
     halves = 0
     if not strong:  # before TensorRT 10: say every layer's precision, which is what the model says
-        config.set_tactic_sources(1 << int(t.TacticSource.CUBLAS_LT))  # as to_tensorrt.py, but for cuDNN, which may be absent
+        config.set_tactic_sources(1 << int(t.TacticSource.CUBLAS_LT))  # no cuBLAS, as to_tensorrt.py; cuDNN may be absent
         if "mixed" in path.name:
             config.set_flag(t.BuilderFlag.FP16)
             config.set_flag(t.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)

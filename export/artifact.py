@@ -84,8 +84,8 @@ def save_artifact(
     SEALED.check_replaceable(folder)
     if "tensorrt" in backends:
         known = list(inspect.signature(check_options).parameters)
-        if unknown := sorted(set(tensorrt or {}) - set(known)):
-            raise TypeError(f"tensorrt: expected options among {', '.join(known)}, got {', '.join(unknown)}")
+        if unknown := sorted(set(tensorrt or {}) - set(known), key=str):
+            raise TypeError(f"tensorrt: expected options among {', '.join(known)}, got {', '.join(map(str, unknown))}")
         check_options(**(tensorrt or {}))
     say = progress if progress is not None else lambda _: None
     say("export")

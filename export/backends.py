@@ -137,13 +137,13 @@ class ONNXRuntime:
         self._kind = kind
         self._programs = manifest["programs"]
         self._buffers = _PingPong(manifest["state"], lambda entry, batch: _zeros(entry, batch, self.device))
-        try:
-            self._sessions = {
-                name: onnxruntime.InferenceSession(os.fspath(folder / file), options, providers=given or None)
-                for name, file in manifest["backends"]["onnx"]["programs"].items()
-            }
-        except Exception as error:  # of a type that ONNX Runtime does not export
-            raise RuntimeError(f"{folder}: expected operators and dtypes that {provider} runs, got {error}") from None
+        self._sessions = {}
+        for name, file in manifest["backends"]["onnx"]["programs"].items():
+            try:
+                session = onnxruntime.InferenceSession(os.fspath(folder / file), options, providers=given or None)
+            except Exception as error:  # its types have no base of their own
+                raise RuntimeError(f"{folder / file}: expected a program that {provider} runs here, got {error}") from error
+            self._sessions[name] = session
 
     def start(self, batch: int) -> list[Tensor]:
         return self._buffers.start(batch)

@@ -509,6 +509,12 @@ def known_capabilities() -> tuple[str, ...]:
     return tuple(c for c in CAPABILITIES if known(int(c.replace(".", ""))))
 
 
+def strings(given: Any) -> list[str]:
+    """A list of strings as one, and anything else as an empty one."""
+    listed = isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(x, str) for x in given)
+    return list(given) if listed else []
+
+
 def check_capabilities(given: Sequence[str] | None) -> tuple[str, ...]:
     """``compute_capabilities`` of :func:`build_bundle`, each once, or what it raises of them."""
     try:
@@ -516,8 +522,7 @@ def check_capabilities(given: Sequence[str] | None) -> tuple[str, ...]:
     except ImportError:
         raise ImportError("a kernel bundle needs Triton, which is not installed: pip install triton") from None
     known = known_capabilities()
-    listed = given is None or (isinstance(given, Sequence) and not isinstance(given, str))
-    chosen = known if given is None else tuple(dict.fromkeys(given if listed else ()))
+    chosen = known if given is None else tuple(dict.fromkeys(strings(given)))
     if not chosen or set(chosen) - set(known):
         raise ValueError(
             f"compute_capabilities: expected some of {', '.join(known)} (those that Triton {triton.__version__} knows), "

@@ -29,7 +29,8 @@ _SCRIPT = """\
 # On the device, with CMake, a C++17 compiler and TensorRT's headers and trtexec: builds libgka_trt.so and both engines here.
 #   TENSORRT_INCLUDE_DIR   folder of NvInfer.h
 #   PLUGINS                --plugins for TensorRT 8.5
-#   FLAGS                  for trtexec: --fp16 in TensorRT 8 and --stronglyTyped in TensorRT >= 10 for float16 models
+#   FLAGS                  for trtexec: in TensorRT 8 --tacticSources=-CUBLAS, and for float16 models --fp16, in TensorRT >= 10
+#                          --stronglyTyped
 set -eu
 cd "$(dirname "$0")"
 cmake -S plugin -B build -DGKA_BUNDLE="$PWD/bundle" -DTENSORRT_INCLUDE_DIR="${TENSORRT_INCLUDE_DIR:-/usr/include/aarch64-linux-gnu}"
@@ -107,11 +108,12 @@ def save_fused(
 
 
 def _check_new(folder: Path) -> None:
-    check_elsewhere(folder)
     check_parents(folder)
     if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         kind = "one that is not empty" if folder.is_dir() and not folder.is_symlink() else "something else of that name"
         raise ValueError(f"{folder}: expected a new or empty folder, got {kind}")
+    if folder.exists():
+        check_elsewhere(folder)
 
 
 def _trtexec(programs: Programs, lengths: Sequence[int], batches: Sequence[int]) -> str:

@@ -43,9 +43,13 @@ def whole(folder: Path, check_replaceable: Callable[[Path], None]) -> Iterator[P
 
 
 def check_elsewhere(folder: Path) -> None:
-    """Raise if the process is in ``folder``, which is replaced when it is full."""
-    if Path.cwd().is_relative_to(folder.resolve()):
-        raise ValueError(f"{folder}: expected a folder beside or below the current one, for it is replaced, got one that holds it")
+    """Raise if the process is in ``folder``, which exists and is going to be replaced."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # removed meanwhile
+        return
+    if any(folder.samefile(parent) for parent in (here, *here.parents)):
+        raise ValueError(f"{folder}: expected a folder that does not hold the current one, for it is replaced, got one that does")
 
 
 def check_parents(path: Path) -> None:
@@ -86,12 +90,12 @@ class Sealed:
 
     def check_replaceable(self, folder: Path) -> None:
         """Raise unless ``folder`` is new, empty, or one of this kind, and not where the process is."""
-        check_elsewhere(folder)
         if not folder.exists() and not folder.is_symlink():
             check_parents(folder)
             return
         if folder.is_symlink() or not folder.is_dir():
             raise self.error(f"{folder}: expected a new folder or {self.name} to replace, got something else of that name")
+        check_elsewhere(folder)
         if any(folder.iterdir()):
             self._read(folder, f"expected a new folder or {self.name} to replace")
 

@@ -169,7 +169,7 @@ def _convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[
 
 
 def _cast_before_norms(model: Any) -> None:
-    """The cast of 16-bit x to the scale's float32, which the exporter draws into RMSNormalization: no runtime takes both dtypes."""
+    """The cast of 16-bit x to the scale's float32, which the exporter draws into RMSNormalization; onnx wants its dtypes alike."""
     import onnx_ir
 
     for node in list(model.graph):

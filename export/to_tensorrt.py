@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from gka_compile import __version__
 
+from .bundle import strings
 from .program import BATCH, LENGTH
 from .sealed import check_file
 from .to_onnx import NEWEST_OPSET, OLDEST_OPSET, to_onnx
@@ -173,12 +174,11 @@ def _check_capabilities(library: Any, flavour: str, given: Sequence[str] | None)
             )
         return []
     known = {f"{name[2:-1]}.{name[-1]}" for name in dir(library.ComputeCapability) if re.fullmatch(r"SM\d+", name)}
-    chosen = RTX_CAPABILITIES if given is None else given
-    listed = isinstance(chosen, Sequence) and not isinstance(chosen, str)
-    if not listed or not chosen or len(set(chosen)) != len(chosen) or set(chosen) - known:
+    chosen = strings(RTX_CAPABILITIES if given is None else given)
+    if not chosen or len(set(chosen)) != len(chosen) or set(chosen) - known:
         offered = ", ".join(sorted(known, key=float))
-        raise ValueError(f"compute_capabilities: expected some of {offered} (TensorRT-RTX {library.__version__}), got {chosen!r}")
-    return list(chosen)
+        raise ValueError(f"compute_capabilities: expected some of {offered} (TensorRT-RTX {library.__version__}), got {given!r}")
+    return chosen
 
 
 def check_range(argument: str, given: Range | None) -> Range | None:

@@ -11,6 +11,7 @@ takes one token.  Both are functions of tensors, and neither changes its inputs.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -329,7 +330,8 @@ class GatedKalmaNet(nn.Module):
             raise TypeError(f"cache.conv: expected dtype {self.dtype} (the weights'), got {cache.conv.dtype}")
         if cache.conv.device != x.device:
             raise ValueError(f"cache.conv: expected device {x.device} (hidden_states'), got {cache.conv.device}")
-        validation.check_state("cache.state", cache.state, self.q_proj.weight, N, self.num_heads, self.head_dim, self.head_dim)
+        sizes = (N, self.num_heads, self.head_dim, self.head_dim)
+        validation.check_state("cache.state", cache.state, self.q_proj.weight, *sizes, "the weights'")
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -379,7 +381,7 @@ def check_positive(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-        if not 0 < value < math.inf:
+        if not 0 < value <= sys.float_info.max:
             raise ValueError(f"{name}: expected a positive number, got {value}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from numbers import Real
 from typing import Any
 
 import torch
@@ -26,9 +28,9 @@ def check_tokens(name: str, tokens: Any, symbols: str) -> Tensor:
 
 
 def check_sampling(temperature: Any, generator: Any) -> None:
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature: expected a number, got {type(temperature).__name__}")
-    if not 0 <= temperature < float("inf"):
+    if not 0 <= temperature <= sys.float_info.max:  # type: ignore[operator]
         raise ValueError(f"temperature: expected a finite number that is not negative, got {temperature}")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
@@ -40,4 +42,4 @@ def choose(logits: Tensor, temperature: float, generator: torch.Generator | None
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature makes them infinite
     least = torch.finfo(torch.float32).tiny  # what is less may be zero in the logits' arithmetic
-    return torch.multinomial((logits / max(temperature, least)).softmax(-1), 1, generator=generator).squeeze(-1)
+    return torch.multinomial((logits / max(float(temperature), least)).softmax(-1), 1, generator=generator).squeeze(-1)

@@ -22,7 +22,8 @@ __all__ = [
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 128
-LEAST_RIDGE_RATIO = 1e-10  # with less, the coefficients of the solve are differences of numbers that float32 cannot tell apart
+RIDGE_RATIOS = 1e-10, 1e10  # below, the coefficients of the solve are differences of numbers that float32 cannot tell apart
+_RIDGE_RATIOS = "{:g} to {:g}".format(*RIDGE_RATIOS)  # Dynamo formats no such thing
 
 
 def check_tensor(name: str, x: Any) -> Tensor:
@@ -36,9 +37,9 @@ def check_shape(name: str, x: Tensor, expected: Sequence[Any], symbols: str) -> 
         raise ValueError(f"{name}: expected shape {symbols} = {tuple(expected)}, got {tuple(x.shape)}")
 
 
-def _device(name: str, x: Tensor, q: Tensor) -> None:
+def _device(name: str, x: Tensor, q: Tensor, whose: str = "q's") -> None:
     if x.device != q.device:
-        raise ValueError(f"{name}: expected device {q.device} (q's), got {x.device}")
+        raise ValueError(f"{name}: expected device {q.device} ({whose}), got {x.device}")
 
 
 def _width(name: str, symbol: str, width: int) -> None:
@@ -49,10 +50,8 @@ def _width(name: str, symbol: str, width: int) -> None:
 def check_ridge_ratio(ridge_ratio: Any) -> None:
     if isinstance(ridge_ratio, bool) or not isinstance(ridge_ratio, (int, float)):
         raise TypeError(f"ridge_ratio: expected a float, got {type(ridge_ratio).__name__}")
-    if not LEAST_RIDGE_RATIO <= ridge_ratio <= 1 / LEAST_RIDGE_RATIO:
-        raise ValueError(
-            f"ridge_ratio: expected a positive number from {LEAST_RIDGE_RATIO} to {1 / LEAST_RIDGE_RATIO:.0e}, got {ridge_ratio}"
-        )
+    if not RIDGE_RATIOS[0] <= ridge_ratio <= RIDGE_RATIOS[1]:
+        raise ValueError(f"ridge_ratio: expected a positive number from {_RIDGE_RATIOS}, got {ridge_ratio}")
 
 
 def check_tolerance(tolerance: Any) -> None:
@@ -113,7 +112,8 @@ def _gates(gates: dict[str, Any], q: Tensor, lead: str) -> None:
             raise TypeError(f"{name}: expected dtype float32 or {q.dtype} (q's), got {x.dtype}")
 
 
-def check_state(name: str, state: Any, q: Tensor, N: int, H: int, K: int, V: int) -> None:
+def check_state(name: str, state: Any, q: Tensor, N: int, H: int, K: int, V: int, whose: str = "q's") -> None:
+    """Check the states of N sequences beside q, or beside what is named by ``whose``."""
     try:
         h, u = state
     except (TypeError, ValueError):
@@ -123,7 +123,7 @@ def check_state(name: str, state: Any, q: Tensor, N: int, H: int, K: int, V: int
         label = f"{name}.{part}"
         check_tensor(label, x)
         check_shape(label, x, shape, symbols)
-        _device(label, x, q)
+        _device(label, x, q, whose)
         if x.dtype != exact:
             raise TypeError(f"{label}: expected dtype {exact}, got {x.dtype}")
 

@@ -60,6 +60,10 @@ def test_info_names_versions() -> None:
         (["export", "nowhere", "out"], "folder: expected a file nowhere/config.json, got none"),
         (["export", "no[where]", "out"], "folder: expected a file no[where]/config.json, got none"),  # no markup
         (["demo", "--device", "tpu"], "--device: expected auto, cpu or cuda, got 'tpu'"),
+        (
+            [*("fused", "nowhere", "out", "--compute-capability", "8.7", "--form", "fused", "--longest-prompt", "3")],
+            "--longest-prompt: expected none without --form plugin, got 3",
+        ),
         (["info", "nowhere"], "nowhere: expected an artifact, got no manifest.json there"),
     ],
 )

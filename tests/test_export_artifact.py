@@ -198,7 +198,7 @@ def test_float16_models_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_dtypes_that_onnxruntime_lacks_are_named(dtype: torch.dtype, tmp_path: Path) -> None:
     save_artifact(make_model("GKA").to(dtype), tmp_path / "model", ["onnx"])
-    with pytest.raises(RuntimeError, match=r"model: expected operators and dtypes that CPUExecutionProvider runs, got .*implement"):
+    with pytest.raises(RuntimeError, match=r"prefill.onnx: expected a program that CPUExecutionProvider runs here, got .*impl"):
         Runner.load(tmp_path / "model", "onnx")
 
 
@@ -226,6 +226,7 @@ def test_dtypes_that_onnxruntime_lacks_are_named(dtype: torch.dtype, tmp_path: P
         (lambda r: r.generate(torch.ones(1, 400, dtype=torch.int64), 1), ValueError, "prompt: .* max_length = 384 tokens, got 400"),
         (lambda r: r.generate(torch.tensor([[1]]), 385), ValueError, "max_new_tokens: .* at most max_length = 384 tokens, got 385"),
         (lambda r: r.generate(torch.tensor([[1]]), 2, temperature=-1.0), ValueError, "temperature: expected a finite number"),
+        (lambda r: r.generate(torch.tensor([[1]]), 2, generator=5), TypeError, r"generator: expected a torch.Generator or None"),
     ],
 )
 def test_bad_arguments(artifact: Path, runner: Runner, call: Callable[[Runner], Any], kind: type[Exception], message: str) -> None:
@@ -414,9 +415,15 @@ def test_places_that_cannot_be_written_are_found_before_the_work(
         to_aoti(export_program(model).step, tmp_path / "nowhere" / "a.pt2")
     (tmp_path / "empty" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "empty" / "here")
-    for folder in (".", ".."):
-        with pytest.raises(ValueError, match=r"\.: expected a folder beside or below the current one, .* got one that holds it"):
+    for folder in (".", "..", tmp_path / "empty" / "here"):
+        with pytest.raises(ValueError, match=r": expected a folder that does not hold the current one, .* got one that does"):
             save_artifact(model, folder, ["onnx"], progress=pytest.fail)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ArtifactError, match="got something else of that name"):
+        save_artifact(model, tmp_path / "loop", ["onnx"], progress=pytest.fail)
+    (tmp_path / "empty" / "here").rmdir()  # no current folder any more
+    with pytest.raises(ValueError, match="stage"):
+        save_artifact(model, tmp_path / "empty", ["onnx"], progress=lambda _: (_ for _ in ()).throw(ValueError("stage")))
 
 
 def test_folders_made_for_an_artifact_that_fails_are_removed(

@@ -328,4 +328,5 @@ def test_num_iter_for_refuses_what_is_no_tolerance() -> None:
     for ridge_ratio in (0.0, 1e-11, 1e11, float("nan")):
         with pytest.raises(ValueError, match=r"ridge_ratio: expected a positive number from 1e-10 to 1e\+10, got"):
             num_iter_for(1e-3, ridge_ratio)
+    assert num_iter_for(1e-3, 1e-10) > num_iter_for(1e-3) > num_iter_for(1e-3, 1e10) == 1
     assert num_iter_for(5e-324) > num_iter_for(1e-3) > num_iter_for(0.999) == 1

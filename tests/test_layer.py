@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -354,7 +355,6 @@ def _bad_calls() -> dict[str, tuple[Callable[[GatedKalmaNet], Any], type[Excepti
             TypeError,
             "cache.state: expected a GKAState .*, got NoneType",
         ),
-        "flag": (lambda m: GatedKalmaNet(24, 4, use_gate="no"), TypeError, "use_gate: expected a bool, got str"),
         "no conv": (lambda m: GatedKalmaNet(24, 4, head_dim=8, conv_size=1), ValueError, "conv_size: expected at least 2, got 1"),
         "heads": (lambda m: GatedKalmaNet(24, 4, 3, 8), ValueError, "num_kv_heads: expected a divisor of num_heads = 4, got 3"),
         "width": (lambda m: GatedKalmaNet(24, 4, head_dim=12), ValueError, "head_dim: expected a multiple of 8 .*, got 12"),
@@ -374,3 +374,9 @@ def test_bad_input(name: str) -> None:
     call, error, message = _bad_calls()[name]
     with pytest.raises(error, match=message):
         call(make())
+
+
+@pytest.mark.parametrize("name", [n for n in inspect.signature(GatedKalmaNet).parameters if n.startswith(("use_", "gla_"))])
+def test_flags_are_bools(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}: expected a bool, got str"):
+        GatedKalmaNet(24, 4, **{name: "no"})

@@ -16,6 +16,7 @@ from helpers import relative_error
 from torch import Tensor
 
 from gka_compile.model import ByteLM, ModelConfig
+from gka_compile.tokens import choose
 
 CONFIG = ModelConfig(hidden_size=32, intermediate_size=40, num_heads=4, num_kv_heads=2, head_dim=8, max_length=128)
 EXACT = 1e-11
@@ -226,6 +227,13 @@ def test_sampling() -> None:
     assert (torch.bincount(drawn, minlength=256) / rows - logits[0].softmax(-1)).abs().sum() > distance * 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40])
+def test_tiny_temperatures_take_the_likeliest(temperature: float, dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 1.0]], dtype=dtype)
+    assert choose(logits, temperature, None).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": False}], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_save_and_load(fields: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
@@ -328,6 +336,7 @@ def test_bad_input() -> None:
             ValueError,
             "temperature: expected a finite number that is not negative, got -1",
         ),
+        (lambda: model.generate(tokens, 1, temperature=10**400), ValueError, "temperature: expected a finite number"),
         (lambda: model.generate(tokens, 1, temperature="1"), TypeError, "temperature: expected a number, got str"),
         (lambda: model.generate(tokens, 1, generator=5), TypeError, r"generator: expected a torch.Generator or None, got int"),
         (lambda: model.generate(tokens.repeat(1, 30), 1), ValueError, "prompt: .* at most max_length = 128 tokens, got 150"),

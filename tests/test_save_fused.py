@@ -98,7 +98,7 @@ def test_fused_files_run_without_the_kernels(tmp_path: Path) -> None:
     assert np.linalg.norm(logits - expected) < 1e-5 * np.linalg.norm(expected)
 
 
-def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
+def test_bad_input_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     out = tmp_path / "out"
     wide = ByteLM(ModelConfig(hidden_size=128, intermediate_size=32, pattern="GKA", num_heads=2, num_kv_heads=1)).eval().half()
@@ -128,3 +128,7 @@ def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
         save_fused(model, out, ["8.7"])
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
     assert (out / "mine").read_text() == "kept"
+    (out / "here").mkdir()
+    monkeypatch.chdir(out / "here")
+    with pytest.raises(ValueError, match="expected a folder that does not hold the current one"):
+        save_fused(model, ".", ["8.7"])

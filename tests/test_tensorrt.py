@@ -37,13 +37,14 @@ from gka_compile.export import (  # noqa: E402
     Engine,
     EngineError,
     Runner,
+    export_program,
     load_manifest,
     save_artifact,
     to_tensorrt,
 )
 from gka_compile.export import backends as backends_module  # noqa: E402
 from gka_compile.export.driver import Driver, DriverError  # noqa: E402
-from gka_compile.export.to_onnx import present_name  # noqa: E402
+from gka_compile.export.to_onnx import model_names, present_name  # noqa: E402
 from gka_compile.model import ByteLM, ModelConfig  # noqa: E402
 
 module = sys.modules[to_tensorrt.__module__]
@@ -159,6 +160,14 @@ def test_a_turn_of_the_solve_is_two_kernels(tmp_path: Path) -> None:
     print(layers, told["engine_layers"])
     assert max(layers.values()) <= 2 * NUM_ITER + 45
     assert told["engine_layers"] <= 2 * 6 + 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_models_in_16_bits_build(dtype: torch.dtype, tmp_path: Path) -> None:
+    programs = export_program(make_model().to(dtype))
+    options = {"compute_capabilities": ["8.9"], "batches": (1, 1, 2)}
+    told = to_tensorrt(programs.step, tmp_path / "step.engine", *model_names(programs), **options)
+    assert {x["dtype"] for x in told["inputs"]} == {"int64", "float32", str(dtype).removeprefix("torch.")}
 
 
 def test_float32_products_are_float32() -> None:
