@@ -30,7 +30,7 @@ CPU_CHUNK = 64
 
 def chunk_size(device: torch.device, itemsize: int, K: int, V: int) -> int:
     """Tokens per chunk on ``device``; the CPU's reference is fastest at 64."""
-    if device.type == "cpu":
+    if device.type in ("cpu", "meta"):
         return CPU_CHUNK
     return gpu_chunk(torch.cuda.get_device_capability(device)[0], itemsize, K, V)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .functional import GKAState
@@ -19,3 +20,6 @@ class GKACache(NamedTuple):
     the layer. The channels are those of q, then k, then v (v only where it is convolved)."""
     state: GKAState
     """H and U, float32 (float64 in a float64 layer)."""
+
+
+torch.serialization.add_safe_globals([GKACache, GKAState])  # torch.load(weights_only=True) makes them

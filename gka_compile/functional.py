@@ -26,7 +26,7 @@ class GKAState(NamedTuple):
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k and v follow it; decays and states keep their precision."""
     device = q.device.type
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         return q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v

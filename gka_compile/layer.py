@@ -1,7 +1,8 @@
 """The Gated KalmaNet layer: projections, short convolution, gates, :func:`.chunk_gka`, gated norm.
 
-Formulas and initialisation are those of the layer released with arXiv 2511.21016, and so are the parameter names: a released
-checkpoint loads as it is.
+Formulas and initialisation are those of the layer released with arXiv 2511.21016, and so are the parameter names: a checkpoint of
+it loads as it is, unless it has what is not here, low-rank keys and values (``kv_proj_rank``, ``kv_learnable_residual``), different
+numbers of key and value heads, or more of them than query heads.
 
 A sequence may come in any number of pieces: ``forward`` takes a piece of any length and the cache of what came before, ``step``
 takes one token.  Both are functions of tensors, and neither changes its inputs.  Sequences of unequal length come padded
@@ -91,7 +92,8 @@ class GatedKalmaNet(nn.Module):
 
     Parameters, by their names in a checkpoint: q_proj, k_proj, v_proj, a_proj, g_proj, o_proj (weight); b_proj, alpha_proj (weight,
     bias); q_conv1d, k_conv1d, v_conv1d (weight [channels, 1, conv_size]); A_log, dt_bias [num_heads]; o_norm.weight [head_dim].
-    Exclude A_log and dt_bias from weight decay.
+    Exclude A_log and dt_bias from weight decay. The convolutions' modules hold weights and are never called: parametrizations of
+    them work, hooks on them do not run.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -144,9 +146,13 @@ class GatedKalmaNet(nn.Module):
         self.k_conv1d = nn.Conv1d(key, key, conv_size, groups=key, bias=False)
         self.v_conv1d = nn.Conv1d(key, key, conv_size, groups=key, bias=False) if use_v_conv else None
         self.conv_channels = query + key + (key if use_v_conv else 0)
-        self.A_log = nn.Parameter(torch.empty(num_heads).uniform_(0, 16).log())
-        dt = torch.empty(num_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.dt_bias = nn.Parameter(dt + (-torch.expm1(-dt)).log())  # softplus(dt_bias) = dt
+        # in float32 whatever the default dtype: a draw of zero, whose head would never decay, is one of 256 in 16 bits
+        A, dt = (torch.empty(num_heads, dtype=torch.float32) for _ in range(2))
+        A.uniform_(0, 16).clamp_(min=1e-4)
+        dt.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+        default = torch.get_default_dtype()
+        self.A_log = nn.Parameter(A.log().to(default))
+        self.dt_bias = nn.Parameter((dt + (-torch.expm1(-dt)).log()).to(default))  # softplus(dt_bias) = dt
         self.g_proj = nn.Linear(hidden_size, query, bias=False) if use_gate else None
         self.o_norm = RMSNorm(head_dim, norm_eps)
         self.o_proj = nn.Linear(query, hidden_size, bias=False)
@@ -315,7 +321,7 @@ class GatedKalmaNet(nn.Module):
             raise ValueError(f"hidden_states: expected shape {symbols} with hidden_size = {self.hidden_size}, got {tuple(x.shape)}")
         if x.device != self.q_proj.weight.device:
             raise ValueError(f"hidden_states: expected device {self.q_proj.weight.device} (the weights'), got {x.device}")
-        if torch.is_autocast_enabled(x.device.type) and self.dtype != torch.float64:
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and self.dtype != torch.float64:
             if not x.is_floating_point():
                 raise TypeError(f"hidden_states: expected a floating dtype, got {x.dtype}")
         elif x.dtype != self.dtype:

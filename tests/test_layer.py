@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -374,6 +375,37 @@ def test_bad_input(name: str) -> None:
     call, error, message = _bad_calls()[name]
     with pytest.raises(error, match=message):
         call(make())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_head_decays_at_first(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        layers = [GatedKalmaNet(8, 512, head_dim=8) for _ in range(4)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for layer in layers:
+        assert layer.A_log.dtype == layer.dt_bias.dtype == dtype
+        assert layer.A_log.min() > -10
+        assert F.softplus(layer.dt_bias.float()).log10().min() > -3.1
+
+
+def test_shapes_on_the_meta_device() -> None:
+    layer = GatedKalmaNet(24, 4, head_dim=8).to("meta")
+    y, cache = layer(torch.empty(2, 3, 24, device="meta"), output_cache=True)
+    assert y.shape == (2, 3, 24)
+    assert layer.step(y[:, 0], cache)[0].shape == (2, 24)
+
+
+def test_caches_load_as_weights(tmp_path: Path) -> None:
+    before = some_cache(make(), 2)
+    torch.save(before, tmp_path / "cache.pt")
+    after = torch.load(tmp_path / "cache.pt", weights_only=True)
+    assert isinstance(after, GKACache)
+    assert isinstance(after.state, GKAState)
+    assert torch.equal(after.conv, before.conv)
+    assert torch.equal(after.state.h_kk, before.state.h_kk)
 
 
 @pytest.mark.parametrize("name", [n for n in inspect.signature(GatedKalmaNet).parameters if n.startswith(("use_", "gla_"))])
