@@ -146,7 +146,7 @@ class GatedKalmaNet(nn.Module):
         self.k_conv1d = nn.Conv1d(key, key, conv_size, groups=key, bias=False)
         self.v_conv1d = nn.Conv1d(key, key, conv_size, groups=key, bias=False) if use_v_conv else None
         self.conv_channels = query + key + (key if use_v_conv else 0)
-        # in float32 whatever the default dtype: a draw of zero, whose head would never decay, is one of 256 in 16 bits
+        # in float32 whatever the default dtype: 16 bits draw zeros now and then, and such a head would never decay
         A, dt = (torch.empty(num_heads, dtype=torch.float32) for _ in range(2))
         A.uniform_(0, 16).clamp_(min=1e-4)
         dt.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
