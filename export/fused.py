@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .bundle import build_bundle, check_capabilities, variants
 from .program import LanguageModel, Programs, export_program, max_length, prefill_lengths
-from .sealed import Manifest, check_elsewhere, check_parents, whole
+from .sealed import Manifest, holds_something, whole
 from .to_onnx import OLDEST_OPSET, model_names, to_onnx
 from .to_tensorrt import check_range
 
@@ -108,12 +108,9 @@ def save_fused(
 
 
 def _check_new(folder: Path) -> None:
-    check_parents(folder)
-    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        kind = "one that is not empty" if folder.is_dir() and not folder.is_symlink() else "something else of that name"
-        raise ValueError(f"{folder}: expected a new or empty folder, got {kind}")
-    if folder.exists():
-        check_elsewhere(folder)
+    expected = "expected a new or empty folder"
+    if holds_something(folder, expected):
+        raise ValueError(f"{folder}: {expected}, got one that is not empty")
 
 
 def _trtexec(programs: Programs, lengths: Sequence[int], batches: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from gka_compile import __version__
 
-__all__ = ["MANIFEST", "Manifest", "Sealed", "check_elsewhere", "check_file", "check_parents", "digest_of", "whole"]
+__all__ = ["MANIFEST", "Manifest", "Sealed", "check_file", "digest_of", "holds_something", "whole"]
 
 MANIFEST = "manifest.json"
 
@@ -42,7 +42,22 @@ def whole(folder: Path, check_replaceable: Callable[[Path], None]) -> Iterator[P
         raise
 
 
-def check_elsewhere(folder: Path) -> None:
+def holds_something(folder: Path, expected: str, error: type[ValueError] = ValueError) -> bool:
+    """Whether ``folder`` is there and not empty.
+
+    Raises:
+        ValueError: it can neither be made nor be replaced; ``error`` after "expected …" if something else has its name.
+    """
+    _check_parents(folder)
+    if not folder.exists() and not folder.is_symlink():
+        return False
+    if folder.is_symlink() or not folder.is_dir():
+        raise error(f"{folder}: {expected}, got something else of that name")
+    _check_elsewhere(folder)
+    return any(folder.iterdir())
+
+
+def _check_elsewhere(folder: Path) -> None:
     """Raise if the process is in ``folder``, which exists and is going to be replaced."""
     try:
         here = Path.cwd()
@@ -52,9 +67,9 @@ def check_elsewhere(folder: Path) -> None:
         raise ValueError(f"{folder}: expected a folder that does not hold the current one, for it is replaced, got one that does")
 
 
-def check_parents(path: Path) -> None:
+def _check_parents(path: Path) -> None:
     """Raise unless a folder can be made at ``path``, absent folders on the way included."""
-    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    parent = next((parent for parent in path.absolute().parents if parent.exists()), path)
     if not parent.is_dir():
         raise ValueError(f"{path}: expected a place in a folder, got {parent}, which is none")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -90,14 +105,9 @@ class Sealed:
 
     def check_replaceable(self, folder: Path) -> None:
         """Raise unless ``folder`` is new, empty, or one of this kind, and not where the process is."""
-        if not folder.exists() and not folder.is_symlink():
-            check_parents(folder)
-            return
-        if folder.is_symlink() or not folder.is_dir():
-            raise self.error(f"{folder}: expected a new folder or {self.name} to replace, got something else of that name")
-        check_elsewhere(folder)
-        if any(folder.iterdir()):
-            self._read(folder, f"expected a new folder or {self.name} to replace")
+        expected = f"expected a new folder or {self.name} to replace"
+        if holds_something(folder, expected, self.error):
+            self._read(folder, expected)
 
     def write(self, folder: Path, fill: Callable[[Path], Manifest]) -> Manifest:
         """Make ``folder``, replacing an older one; ``fill`` writes the files and returns what the manifest says besides them."""

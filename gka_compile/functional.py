@@ -11,7 +11,7 @@ from torch import Tensor
 from .custom_ops import ahead, config, ops, pieces, plans, polynomial
 from .validation import check_chunk, check_ridge_ratio, check_step, check_tolerance
 
-__all__ = ["GKAState", "chunk_gka", "num_iter_for", "step_gka"]
+__all__ = ["GKAState", "chunk_gka", "num_iter_for", "step_gka", "under_autocast"]
 
 
 class GKAState(NamedTuple):
@@ -23,11 +23,15 @@ class GKAState(NamedTuple):
     """U [N, H, K, V]: decayed sum of k̂v̂ᵀ."""
 
 
+def under_autocast(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tensors of ``dtype`` on ``device`` follow autocast now."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type) and dtype != torch.float64  # meta has no autocast
+
+
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast q, k and v follow it; decays and states keep their precision."""
-    device = q.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if under_autocast(q.device, q.dtype):
+        dtype = torch.get_autocast_dtype(q.device.type)
         return q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v
 

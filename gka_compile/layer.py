@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import validation
 from .cache import GKACache
 from .custom_ops.config import NUM_ITER, RIDGE_RATIO
-from .functional import GKAState, chunk_gka, step_gka
+from .functional import GKAState, chunk_gka, step_gka, under_autocast
 
 __all__ = ["GatedKalmaNet", "RMSNorm"]
 
@@ -321,7 +321,7 @@ class GatedKalmaNet(nn.Module):
             raise ValueError(f"hidden_states: expected shape {symbols} with hidden_size = {self.hidden_size}, got {tuple(x.shape)}")
         if x.device != self.q_proj.weight.device:
             raise ValueError(f"hidden_states: expected device {self.q_proj.weight.device} (the weights'), got {x.device}")
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and self.dtype != torch.float64:
+        if under_autocast(x.device, self.dtype):
             if not x.is_floating_point():
                 raise TypeError(f"hidden_states: expected a floating dtype, got {x.dtype}")
         elif x.dtype != self.dtype:
