@@ -39,12 +39,16 @@ def _chunk_output(q: Any, k: Any, v: Any, *args: Any, **_: Any) -> int:
 
 @register_flop_formula([gka.chunk_bwd, gka.chunk_bwd_cpu])
 def _chunk_bwd(k: Any, v: Any, *args: Any, **_: Any) -> int:
-    do, (num_iter, H, C) = args[5], args[-3:]
+    g, gk, do, (num_iter, H, C) = *args[:2], args[5], args[-3:]
     K, V, tokens = k[-1], v[-1], _tokens(k)
     if do is None:  # cotangents of the final states alone
         return 2 * tokens * H * (K * (K + V) + K * K + 2 * K * V)
     states = tokens * H * (K * (K + V) + K * (2 * K + V))
     gradients = tokens * H * (2 * K * K + 2 * K * V + C * (6 * K + 2 * (K + V) + C))
+    if g is not None:  # Uᵀm of the states
+        gradients += tokens * H * K * V
+    if gk is not None:  # y_tᵀ H_t x_t
+        gradients += tokens * H * (K * K + 2 * C * K)
     return _solve(tokens, H, K, C, num_iter) + _read(tokens, H, K, V, C) + 2 * (states + gradients)
 
 

@@ -33,7 +33,8 @@ __all__ = [
 ]
 
 LEAST_DECAY = {torch.float32: -111.0, torch.float64: -746.0}  # log decays of a token whose exp is zero
-TINY = torch.finfo(torch.float32).tiny  # below this ‖H‖_F counts as zero: 1/φ would overflow float32
+TINY = torch.finfo(torch.float32).tiny  # below this a number counts as zero: its reciprocal might overflow float32
+LEAST_PHI = 2.0**-100  # and below this ‖H‖_F: q/(aφ) might
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -337,12 +338,23 @@ def reciprocal(x: Tensor) -> Tensor:
 
 
 def _phi(k: Tensor, mask: Tensor, gamma: Tensor, h: Tensor) -> Tensor:
-    """‖H_t‖_F of every token [S, H, C, 1], without forming H_t."""
-    start = h.square().sum((-1, -2))[..., None, None]
+    """‖H_t‖_F of every token [S, H, C, 1], without forming H_t.
+
+    Everything is divided by its size first, and each token's sum by that of its largest term: φ² leaves float32 where φ does not.
+    """
+    length = _norm(k)
+    k = k * reciprocal(length)
+    size = h.abs().amax((-1, -2))[..., None, None]
+    h = h * reciprocal(size)
+    start, weights = gamma * size, mask * length.square().transpose(-1, -2)
+    unit = torch.maximum(start, weights.amax(-1, keepdim=True))
+    start, weights = start * reciprocal(unit), weights * reciprocal(unit)
     cross = ((k @ h) * k).sum(-1, keepdim=True)
     gram = (k @ k.transpose(-1, -2)).square()
-    square = gamma.square() * start + 2 * gamma * (mask @ cross) + ((mask @ gram) * mask).sum(-1, keepdim=True)
-    return square.clamp(min=0).sqrt()
+    square = start.square() * h.square().sum((-1, -2))[..., None, None] + 2 * start * (weights @ cross)
+    square = square + ((weights @ gram) * weights).sum(-1, keepdim=True)
+    phi = unit * square.clamp(min=0).sqrt()
+    return torch.where(phi < LEAST_PHI, 0.0, phi)
 
 
 # (z, what z reads, rhs, ridge_ratio, num_iter) to Σ c_n T_n(Z) rhs, where z(t, *what z reads) is Z t
@@ -467,8 +479,11 @@ def chunk_output_bwd(
     ridge_ratio: float,
     num_iter: int,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The adjoint solve: (dq, dalpha, y, y_scale, eta, mdm); as ``kernels.output`` has them."""
+) -> tuple[Tensor, ...]:
+    """The adjoint solve: (dq, dalpha, y, y_scale, eta, hg).
+
+    As ``kernels.output`` has them, but for hg = ⟨H_t, G_t⟩, G_t what token t pulls out of H_t: empty without gk.
+    """
     B, T, H, _ = q.shape
     c = _chunks(k, v, g, gk, beta, cu_seqlens, H, chunk_size)
     dtype = c.k.dtype
@@ -483,15 +498,18 @@ def chunk_output_bwd(
     dx = dm if ac is None else ac * dm
     length = _norm(dx)
     y = _solve(dx * reciprocal(length), c.k, mask, gamma, h, phic, ridge_ratio, num_iter)
+    y = y.to(storage_dtype(q)).to(dtype)  # what is read of H and what of the keys must be of one y, as of one x
     y_scale = length * reciprocal(phic)
     dq = y * y_scale if ac is None else dm - dx + y * y_scale
     eta = ridge_ratio * (r.x * y * y_scale).sum(-1) * reciprocal(phic.squeeze(-1))
-    mdm = (r.m * dm).sum(-1)
-    dalpha = q.new_empty(0, dtype=dtype)
+    dalpha = hg = q.new_empty(0, dtype=dtype)
+    if gk is not None:  # of an exact solve −y·q, but not of x as it is stored
+        hx = gamma * (r.x @ h) + (mask * (r.x @ c.k.transpose(-1, -2))) @ c.k
+        hg = join(-(y * y_scale * hx).sum(-1) - eta * phic.squeeze(-1).square(), B, T, cu_seqlens)
     if alpha is not None:
         dalpha = join((dm * (r.x - r.q)).sum(-1), B, T, cu_seqlens)
-    out = [join(t, B, T, cu_seqlens) for t in (dq, y, y_scale.squeeze(-1), eta, mdm)]
-    return out[0].to(q.dtype), dalpha, out[1].to(storage_dtype(q)), out[2], out[3], out[4]
+    out = [join(t, B, T, cu_seqlens) for t in (dq, y, y_scale.squeeze(-1), eta)]
+    return out[0].to(q.dtype), dalpha, out[1].to(storage_dtype(q)), out[2], out[3], hg
 
 
 class _Cotangents(NamedTuple):
@@ -501,7 +519,6 @@ class _Cotangents(NamedTuple):
     y: Tensor
     eta: Tensor  # [S, H, C]
     m: Tensor
-    q: Tensor
     do: Tensor  # times scale
 
 
@@ -527,10 +544,9 @@ def _cotangents(
     def prepare(t: Tensor) -> Tensor:
         return split(t.to(dtype), cu_seqlens, chunk_size)
 
-    qc = prepare(q)
     solution = prepare(x) * prepare(x_scale).unsqueeze(-1)
-    r = _readout(qc, None if alpha is None else prepare(alpha).unsqueeze(-1), solution)
-    return _Cotangents(r.x, prepare(y) * prepare(y_scale).unsqueeze(-1), prepare(eta), r.m, qc, scale * prepare(do))
+    r = _readout(prepare(q), None if alpha is None else prepare(alpha).unsqueeze(-1), solution)
+    return _Cotangents(r.x, prepare(y) * prepare(y_scale).unsqueeze(-1), prepare(eta), r.m, scale * prepare(do))
 
 
 def _ridge_path(eta: Tensor, mask: Tensor, gamma: Tensor) -> Tensor:
@@ -609,7 +625,7 @@ def chunk_grads(
     y: Tensor | None,
     y_scale: Tensor | None,
     eta: Tensor | None,
-    mdm: Tensor | None,
+    hg: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     num_heads: int,
@@ -618,7 +634,7 @@ def chunk_grads(
     """Gradients of what made the states: (dk, dv, dg, dgk, dbeta); empty where the input is absent.
 
     dk̂_t = 2 Γ_t k̂_t + W_t v̂_t with Γ_t expanded over the chunk.  For the decays, ⟨Γ_t, H_t⟩ is carried backwards through the
-    chunk from ⟨Γ_e, H_e⟩ at its end: ⟨G_t, H_t⟩ = −y_t·q_t for the exact solve, and k̂ᵀΓk̂ = ½ k̂·dk̂; likewise for U.
+    chunk from ⟨Γ_e, H_e⟩ at its end, with k̂ᵀΓk̂ = ½ k̂·dk̂; likewise for U.
     """
     c = _chunks(k, v, g, gk, beta, cu_seqlens, num_heads, chunk_size)
     dtype = c.k.dtype
@@ -632,40 +648,46 @@ def chunk_grads(
     tail_u = (c.c_u[..., -1:] - c.c_u).exp().unsqueeze(-1)
     k_end = tail_h * (c.k @ dh)  # the part of Γ_t k̂_t that comes from later chunks
     dk_h = 2 * k_end
-    k_w = tail_u * (c.v @ du.transpose(-1, -2))
-    dk_u, dv = k_w, tail_u * (c.k @ du)
+    dk_u = k_w = tail_u * (c.v @ du.transpose(-1, -2))
+    dv = tail_u * (c.k @ du)
+    dc_h = dc_u = None  # what each token reads less what is read of each key
     if d is not None:
         mask_h, mask_u = decay_mask(c.c_h), decay_mask(c.c_u)
         mask_ht, mask_ut = mask_h.transpose(-1, -2), mask_u.transpose(-1, -2)
         e = _ridge_path(d.eta, mask_h, gamma)
         ridge = mask_ht @ (d.eta.unsqueeze(-1) * mask_h)
-        dk_h = (
-            dk_h
-            - (mask_ht * (c.k @ d.x.transpose(-1, -2))) @ d.y
+        inside = (
+            -(mask_ht * (c.k @ d.x.transpose(-1, -2))) @ d.y
             - (mask_ht * (c.k @ d.y.transpose(-1, -2))) @ d.x
             - 2 * e * (c.k @ h)
             - 2 * (ridge * (c.k @ c.k.transpose(-1, -2))) @ c.k
         )
-        dk_u = dk_u + (mask_ut * (c.v @ d.do.transpose(-1, -2))) @ d.m
-        dv = dv + (mask_ut * (c.k @ d.m.transpose(-1, -2))) @ d.do
+        dk_h = dk_h + inside
+        if gk is not None:
+            assert hg is not None
+            dc_h = split(hg, cu_seqlens, chunk_size) - 0.5 * (c.k * inside).sum(-1)
+        km, vdo = c.k @ d.m.transpose(-1, -2), mask_ut * (c.v @ d.do.transpose(-1, -2))
+        dk_u = dk_u + vdo @ d.m
+        dv = dv + (mask_ut * km) @ d.do
+        if g is not None:
+            pairs = km * vdo
+            dc_u = c.c_u.exp() * ((d.m @ u) * d.do).sum(-1) + pairs.sum(-2) - pairs.sum(-1)
     dk = dk_h + dk_u
     dbeta = k.new_empty(0, dtype=dtype)
     if c.beta is not None:
         dbeta = join((dk * c.raw_k).sum(-1) + (dv * c.raw_v).sum(-1), B, T, cu_seqlens)
         dk, dv = dk * c.beta, dv * c.beta
 
-    def decay(own: Tensor | None, key_part: Tensor, end: Tensor) -> Tensor:
-        dc = -key_part if own is None else own - key_part
-        return join(dc.flip(-1).cumsum(-1).flip(-1) + end.unsqueeze(-1), B, T, cu_seqlens)
+    def decay(start: Tensor, key_end: Tensor, dc: Tensor | None) -> Tensor:
+        """What later chunks pull out of the start state and of the keys before each token, and what this one does."""
+        total = start.unsqueeze(-1) + key_end.cumsum(-1) - key_end
+        return join(total if dc is None else total + dc.flip(-1).cumsum(-1).flip(-1), B, T, cu_seqlens)
 
     dg = dgk = k.new_empty(0, dtype=dtype)
     if gk is not None:
-        end = gamma[..., -1, 0] * (dh * h).sum((-1, -2)) + (k_end * c.k).sum((-1, -2))
-        dgk = decay(None if d is None else -(d.y * d.q).sum(-1), 0.5 * (c.k * dk_h).sum(-1), end)
+        dgk = decay(gamma[..., -1, 0] * (dh * h).sum((-1, -2)), (c.k * k_end).sum(-1), dc_h)
     if g is not None:
-        end = c.c_u[..., -1].exp() * (du * u).sum((-1, -2)) + (k_w * c.k).sum((-1, -2))
-        own = None if mdm is None else split(mdm.to(dtype), cu_seqlens, chunk_size)
-        dg = decay(own, (c.k * dk_u).sum(-1), end)
+        dg = decay(c.c_u[..., -1].exp() * (du * u).sum((-1, -2)), (c.k * k_w).sum(-1), dc_u)
 
     def reduce(t: Tensor, like: Tensor) -> Tensor:
         t = join(t, B, T, cu_seqlens)
@@ -704,10 +726,10 @@ def chunk_bwd(
     h_chunks, u_chunks, scales, _, _ = chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, num_heads, chunk_size)
     dq = k.new_empty(0)
     dalpha = dq.to(compute_dtype(k))
-    y = y_scale = eta = mdm = None
+    y = y_scale = eta = hg = None
     if do is not None:
         assert q is not None and x is not None and x_scale is not None and phi is not None
-        dq, dalpha, y, y_scale, eta, mdm = chunk_output_bwd(
+        dq, dalpha, y, y_scale, eta, hg = chunk_output_bwd(
             *(do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, scales, x, x_scale, phi),
             *(cu_seqlens, scale, ridge_ratio, num_iter, chunk_size),
         )
@@ -715,7 +737,7 @@ def chunk_bwd(
         *(k, v, g, gk, beta, h_chunks, scales, do, q, alpha, x, x_scale, y, y_scale, eta),
         *(dh_out, du_out, cu_seqlens, scale, num_heads, chunk_size),
     )
-    cotangents = (dh_chunks, du_chunks, dscales, do, q, alpha, x, x_scale, y, y_scale, eta, mdm)
+    cotangents = (dh_chunks, du_chunks, dscales, do, q, alpha, x, x_scale, y, y_scale, eta, hg)
     dk, dv, dg, dgk, dbeta = chunk_grads(
         k, v, g, gk, beta, h_chunks, u_chunks, scales, *cotangents, cu_seqlens, scale, num_heads, chunk_size
     )
@@ -753,7 +775,8 @@ def step(
     u = u if g is None else u * g.to(dtype).exp()[..., None, None]
     h = h + ks.unsqueeze(-1) * ks.unsqueeze(-2)
     u = u + ks.unsqueeze(-1) * vs.unsqueeze(-2)
-    phi = h.square().sum((-1, -2)).sqrt()[..., None]
+    square = h.square().sum((-1, -2))[..., None]
+    phi = torch.where(square < 64 * torch.finfo(dtype).tiny, 0.0, square).sqrt()  # squares of smaller entries lose their digits
     x = series(_z_step, (2 * reciprocal(phi), h), qs, ridge_ratio, num_iter) * reciprocal(phi)
     r = _readout(qs, None if alpha is None else alpha.to(dtype).unsqueeze(-1), x)
     o = scale * (r.m.unsqueeze(-2) @ u).squeeze(-2)

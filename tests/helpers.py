@@ -35,6 +35,7 @@ class Case:
     state: bool = True
     lengths: tuple[int, ...] = ()  # packed sequences
     shared_decay: bool = False  # one tensor as g and gk
+    decay: float = 0.0  # log decay of all tokens, where it is not zero
     forgets: float = 0.0  # log decay of every ninth token, and of all tokens in the last head
 
     def __str__(self) -> str:
@@ -84,6 +85,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int =
         "h0": square @ square.mT / K,
         "u0": normal(N, H, K, V),
     }
+    if case.decay:
+        for name in ("g", "gk"):
+            made[name].fill_(case.decay)
     if case.forgets:
         for name in ("g", "gk"):
             made[name][:, 5::9] = made[name][..., -1] = case.forgets

@@ -67,13 +67,25 @@ def test_decays_that_forget_all(dtype: torch.dtype, forgets: float) -> None:
     check(run_ops(case, dtype, DEVICE, 32), run_reference(case, dtype, torch.float64, 32), allowed)
 
 
+@pytest.mark.parametrize("decay", [-3.0, -6.0])
+@pytest.mark.parametrize("gate", ["g", "gk"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_gradient_of_strong_decays(dtype: torch.dtype, gate: str, decay: float) -> None:
+    """It is small beside the terms that it is a sum of, and so is its sum over the tokens, which is what a layer trains."""
+    case = Case("fades", T=100, given=(gate,), state=False, decay=decay)
+    # of the exact solve: truncation adds 5e-4
+    exact = run_reference(case, dtype, torch.float64, num_iter=200)[f"d{gate}"]
+    found = run_ops(case, dtype, DEVICE)[f"d{gate}"]
+    assert relative_error(found, exact) < 3e-3
+    assert relative_error(found.sum((0, 1)), exact.sum((0, 1))) < 3e-3
+
+
 @pytest.mark.skipif(INTERPRETED, reason="minutes in the interpreter; the same code path is covered by the small widths")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", WIDE, ids=str)
 def test_outputs_and_gradients_at_full_width(case: Case, dtype: torch.dtype) -> None:
     chunk = chunk_size(torch.device(DEVICE), dtype.itemsize, case.K, case.V)
-    # the same chunks for the oracle: dgk depends on them at the size of the truncation, not of the rounding
-    oracle = run_reference(case, dtype, torch.float64, chunk)
+    oracle = run_reference(case, dtype, torch.float64)
     found = run_ops(case, dtype, DEVICE, chunk)
     check(found, oracle, budget(case, dtype, oracle, chunk))
 
@@ -311,6 +323,28 @@ def test_any_magnitude(magnitude: float, dtype: torch.dtype) -> None:
     # o = Uᵀx, and both scale by factor² and its inverse: the same output
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}[dtype]
     assert relative_error(run(magnitude), run(1.0)) < tolerance
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_keys_of_zeros_while_the_state_decays(dtype: torch.dtype) -> None:
+    """The squares of what is left leave float32 long before it does; from 2^-100 on it counts as zero, and so does x."""
+    case = Case("zeros", B=1, T=120, given=("gk",), state=False, decay=-1.0)
+    q, k, v, _, gk, *_ = make_inputs(case, dtype, DEVICE).values()
+    assert k is not None
+    assert q is not None
+    k[:, 8:], q[:, 8:] = 0, q[:, 7:8]  # H is a multiple of that of token 7, and x of its x
+    *states, _, _ = ops.chunk_state(k, v, None, gk, None, None, None, None, case.H, 16)
+    read = (*states, None, SCALE, RIDGE_RATIO, NUM_ITER, 16)
+    _, x, x_scale, phi = (t.double().cpu() for t in ops.chunk_output(q, k, v, None, gk, None, None, None, None, *read))
+    expected = phi[:, 7:8] * torch.arange(113)[:, None].neg().double().exp()
+    zero = 7 + int((expected[0, :, 0] > 2**-100).sum())
+    assert (phi[:, zero + 1 :] == 0).all()
+    assert (x_scale[:, zero + 1 :] == 0).all()
+    solution = x * (x_scale * phi)[..., None]
+    allowed, tolerance = (2e-6, 1e-5) if dtype == torch.float32 else (2e-4, 2e-2)
+    for t in range(8, zero):
+        assert relative_error(phi[:, t], expected[:, t - 7]) < allowed, t
+        assert relative_error(solution[:, t], solution[:, 7]) < tolerance, t
 
 
 @pytest.mark.skipif(INTERPRETED, reason="counting does not depend on the kernels")

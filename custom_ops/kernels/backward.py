@@ -109,18 +109,18 @@ def _launch_piece(rows: Any, start: Any, after: Any, constants: Any, gradients: 
     h_chunks, u_chunks, scales = empty_chunk_states(k, v, cu_seqlens, H, C)
     final = (torch.empty_like(dh0), torch.empty_like(du0))
     launch_chunk_state(k, v, g, gk, beta, h0, u0, cu_seqlens, H, C, (h_chunks, u_chunks, scales, *final))
-    y = y_scale = eta = mdm = None
+    y = y_scale = eta = None
     if do is not None:
-        y, y_scale, eta, mdm = (torch.empty_like(t) for t in (x, x_scale, x_scale, x_scale))
+        y, y_scale, eta = (torch.empty_like(t) for t in (x, x_scale, x_scale))
         launch_chunk_output_bwd(
             *(do, q, k, v, g, gk, alpha, beta, h_chunks, u_chunks, scales, x, x_scale, phi),
-            *(cu_seqlens, scale, ridge_ratio, num_iter, C, (dq, dalpha, y, y_scale, eta, mdm)),
+            *(cu_seqlens, scale, ridge_ratio, num_iter, C, (dq, dalpha, y, y_scale, eta, dgk)),
         )
     dh_chunks, du_chunks, dscales = empty_chunk_states(k, v, cu_seqlens, H, C)
     launch_chunk_state_bwd(
         *(k, v, g, gk, beta, h_chunks, scales, do, q, alpha, x, x_scale, y, y_scale, eta),
         *(dh_out, du_out, cu_seqlens, scale, H, C, (dh_chunks, du_chunks, dscales, dh0, du0)),
     )
-    cotangents = (dh_chunks, du_chunks, dscales, do, q, alpha, x, x_scale, y, y_scale, eta, mdm)
+    cotangents = (dh_chunks, du_chunks, dscales, do, q, alpha, x, x_scale, y, y_scale, eta)
     out = (dk, dv, dg, dgk, dbeta)
     launch_chunk_grads(k, v, g, gk, beta, h_chunks, u_chunks, scales, *cotangents, cu_seqlens, scale, H, C, out)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .. import config
 from .launch import Tensors, block, compact, on_device, polynomial, present, settings, wrap_triton
-from .tile import reciprocal
+from .tile import LEAST_SQUARE, reciprocal
 
 __all__ = ["launch_step", "step_kernel"]
 
@@ -109,7 +109,8 @@ def step_kernel(
         h *= tl.exp(scalar(gk_ptr, pid, 0.0, HAS_GK))
     h += k[:, None] * k[None, :]
     tl.store(h_out_ptr + pid * (K * K) + place, h, mask=inside)
-    phi = tl.sqrt(tl.sum(tl.sum(h * h, 1), 0))
+    square = tl.sum(tl.sum(h * h, 1), 0)
+    phi = tl.sqrt(tl.where(square < LEAST_SQUARE, 0.0, square))
     gain = reciprocal(phi)
     z2 = h * (4.0 * gain) - tl.where(row[:, None] == row[None, :], 2.0, 0.0)  # 2 Z
     z2 = tl.reshape(z2, (BK, PARTS, BK // PARTS))

@@ -390,7 +390,6 @@ def grads_through_u_kernel(
     alpha_ptr,  # [rows, H]
     x_ptr,  # [rows, H, K]
     x_scale_ptr,  # [rows, H]
-    mdm_ptr,  # [rows, H]
     cu_ptr,  # [N + 1]
     dk_ptr,  # [rows, Hk, K]: see store_part
     dk_scale_ptr,  # [rows, Hk]
@@ -445,8 +444,6 @@ def grads_through_u_kernel(
             x = load_tile(x_ptr, first, end, H, head, 0, K, C, BK)
             x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True)
             alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA)
-            if HAS_G:
-                mdm = load_scalars(mdm_ptr, first, end, H, head, C, True)
         beta = scalars(beta, 1.0, C, HAS_BETA)
         c = decay_exponents(scalars(g, 0.0, C, HAS_G))
         total = last(c, C)
@@ -463,7 +460,8 @@ def grads_through_u_kernel(
         d = load_block_transposed(du_chunks_ptr, matrix, K, V, BK, BV)
         dk = product(v, d, OPERAND) * (to_end * value_scale)[:, None]
         if HAS_G:
-            end_product += inner_product(dk, k.to(tl.float32) * key_scale[:, None])
+            key_end = key_scale * tl.sum(dk * k.to(tl.float32), 1)
+            dg = end_product + tl.cumsum(key_end, 0) - key_end
         if HAS_OUTPUT:
             do, do_scale = unit_rows(do.to(tl.float32))
             do = do.to(OPERAND)
@@ -471,14 +469,18 @@ def grads_through_u_kernel(
             m = m.to(OPERAND)
             nu, s = decay_weights_transposed(c, m_scale * do_scale, C)
             s *= SCALE
-            dv += product(product(k, tl.trans(m), OPERAND) * nu, do, OPERAND) * (s * key_scale)[:, None]
-            dk += product(product(v, tl.trans(do), OPERAND) * nu, m, OPERAND) * (s * value_scale)[:, None]
-        dk_k = tl.sum(dk * k.to(tl.float32), 1)
+            km = product(k, tl.trans(m), OPERAND)
+            vdo = product(v, tl.trans(do), OPERAND) * nu
+            if HAS_G:  # what each token reads less what is read of each key, of the same products: exactly 0 of a token's own key
+                pairs = km * vdo * (s * key_scale * value_scale)[:, None]
+                start = tl.exp2(c) * (SCALE * u_scale) * m_scale * do_scale
+                start *= tl.sum(product(m, u, OPERAND) * do.to(tl.float32), 1)
+                dg += reverse_sum(start + tl.sum(pairs, 0) - tl.sum(pairs, 1), C)
+            dv += product(km * nu, do, OPERAND) * (s * key_scale)[:, None]
+            dk += product(vdo, m, OPERAND) * (s * value_scale)[:, None]
         if HAS_G:
-            dc = -dk_k * key_scale
-            if HAS_OUTPUT:
-                dc += scalars(mdm, 0.0, C, True)
-            store_scalars(dg_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
+            store_scalars(dg_ptr, dg, first, end, H, head, C)
+        dk_k = tl.sum(dk * k.to(tl.float32), 1)
         if HAS_BETA:
             store_scalars(dbeta_ptr, dk_k * k_unit + tl.sum(dv * v.to(tl.float32), 1) * v_unit, first, end, H, head, C)
         dk_sum += dk * beta[:, None]
@@ -496,7 +498,6 @@ def grads_through_h_kernel(
     scales_ptr,  # [S, H, 2]
     dh_chunks_ptr,  # [S, H, K, K]
     dscales_ptr,  # [S, H, 2]
-    q_ptr,  # [rows, H, K]
     x_ptr,  # [rows, H, K]
     x_scale_ptr,  # [rows, H]
     y_ptr,  # [rows, H, K]
@@ -505,7 +506,7 @@ def grads_through_h_kernel(
     cu_ptr,  # [N + 1]
     dk_ptr,  # [rows, Hk, K]: the part through U on entry, see store_part
     dk_scale_ptr,  # [rows, Hk]
-    dgk_ptr,  # [rows, H]
+    dgk_ptr,  # [rows, H]: chunk_solve_bwd_kernel's part on entry, if HAS_OUTPUT
     dbeta_ptr,  # [rows, H]: the part through U on entry
     N,
     T,
@@ -543,6 +544,8 @@ def grads_through_h_kernel(
             x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True)
             y_scale = load_scalars(y_scale_ptr, first, end, H, head, C, True)
             eta = load_scalars(eta_ptr, first, end, H, head, C, True)
+            if HAS_GK:
+                dc = load_scalars(dgk_ptr, first, end, H, head, C, True)
         beta = scalars(beta, 1.0, C, HAS_BETA)
         c = decay_exponents(scalars(gk, 0.0, C, HAS_GK))
         total = last(c, C)
@@ -555,14 +558,18 @@ def grads_through_h_kernel(
             end_product = tl.exp2(total) * d_scale * h_scale * inner_product(d, h)
         dk = product(k, d, OPERAND) * (2.0 * d_scale * key_scale * tl.exp2(total - c))[:, None]
         if HAS_GK:
-            end_product += 0.5 * inner_product(dk, k.to(tl.float32) * key_scale[:, None])
+            key_end = 0.5 * key_scale * tl.sum(dk * k.to(tl.float32), 1)
+            dgk = end_product + tl.cumsum(key_end, 0) - key_end
         if HAS_OUTPUT:
             x_scale = scalars(x_scale, 0.0, C, True)
             y_scale = scalars(y_scale, 0.0, C, True)
             eta = scalars(eta, 0.0, C, True)
             mask = decay_mask_transposed(c, C)
             e = 2.0 * h_scale * key_scale * tl.sum(mask * (tl.exp2(c) * eta)[None, :], 1)
-            dk -= product(k, h, OPERAND) * e[:, None]
+            kh = product(k, h, OPERAND)
+            dk -= kh * e[:, None]
+            if HAS_GK:
+                dc = scalars(dc, 0.0, C, True) + 0.5 * e * key_scale * tl.sum(kh * k.to(tl.float32), 1)
             # Σ_t D_tj η_t D_tl: what is common to j and l begins at the later of them
             later = tl.sum(mask * mask * eta[None, :], 1)
             ridge = tl.where(row[:, None] <= row[None, :], mask * later[None, :], decay_mask(c, C) * later[:, None])
@@ -571,19 +578,19 @@ def grads_through_h_kernel(
             s = power_of_two(tl.max(tl.maximum(tl.abs(ridge), tl.abs(sigma)), 1))
             inverse = reciprocal_of_power(s)[:, None]
             sigma *= inverse
-            inside = product(product(k, tl.trans(k), OPERAND) * (ridge * inverse), k, OPERAND)
+            gram = product(k, tl.trans(k), OPERAND)
+            if HAS_GK:
+                dc += 0.5 * key_scale * tl.sum(ridge * gram * gram, 1)
+                store_scalars(dgk_ptr, dgk + reverse_sum(dc, C), first, end, H, head, C)
+            inside = product(gram * (ridge * inverse), k, OPERAND)
             x = load_tile(x_ptr, first, end, H, head, 0, K, C, BK)
             y = load_tile(y_ptr, first, end, H, head, 0, K, C, BK)
             inside = product_into(product(k, tl.trans(x), OPERAND) * sigma, y, inside, OPERAND)
             inside = product_into(product(k, tl.trans(y), OPERAND) * sigma, x, inside, OPERAND)
             dk -= inside * s[:, None]
+        elif HAS_GK:
+            store_scalars(dgk_ptr, dgk, first, end, H, head, C)
         dk_k = tl.sum(dk * k.to(tl.float32), 1)
-        if HAS_GK:
-            dc = -0.5 * dk_k * key_scale
-            if HAS_OUTPUT:
-                q = load_rows(q_ptr, first, end, H, head, K, C, BK)
-                dc -= tl.sum(y.to(tl.float32) * q, 1) * y_scale
-            store_scalars(dgk_ptr, reverse_sum(dc, C) + end_product, first, end, H, head, C)
         if HAS_BETA:
             dbeta = scalars(load_scalars(dbeta_ptr, first, end, H, head, C, True), 0.0, C, True)
             store_scalars(dbeta_ptr, dbeta + dk_k * k_unit, first, end, H, head, C)
@@ -612,7 +619,6 @@ def launch_chunk_grads(
     y: Any,
     y_scale: Any,
     eta: Any,
-    mdm: Any,
     cu_seqlens: Any,
     scale: float,
     H: int,
@@ -622,12 +628,13 @@ def launch_chunk_grads(
     """Gradients of what made the states, all chunks at once.
 
     The inputs are those and the results of ``launch_chunk_state_bwd``. Fill ``out``: dk [B,T,Hk,K], dv [B,T,Hk,V] in k's dtype,
-    summed over the heads that share a key; dg, dgk, dbeta [B,T,H], not written where the input is absent.
+    summed over the heads that share a key; dg, dgk (which holds what ``launch_chunk_output_bwd`` left), dbeta [B,T,H], not written
+    where the input is absent.
     """
     k, v, g, gk, beta, do, q, alpha, cu = compact(k, v, g, gk, beta, do, q, alpha, cu_seqlens)
     h_chunks, u_chunks, state_scales = compact(h_chunks, u_chunks, state_scales)
     dh_chunks, du_chunks, dstate_scales = compact(dh_chunks, du_chunks, dstate_scales)
-    x, x_scale, y, y_scale, eta, mdm = compact(x, x_scale, y, y_scale, eta, mdm)
+    x, x_scale, y, y_scale, eta = compact(x, x_scale, y, y_scale, eta)
     _, T, Hk, K = k.shape
     V, N = v.shape[-1], 1 if cu is None else cu.shape[0] - 1
     dk, dv, dg, dgk, dbeta = out
@@ -637,7 +644,7 @@ def launch_chunk_grads(
     with on_device(k):
         wrap_triton(grads_through_u_kernel)[grid](
             *(k, v, *present(k, g, beta), u_chunks, state_scales, du_chunks, dstate_scales),
-            *(*present(k, do, q, alpha, x, x_scale, mdm, cu), dk, dk_scale, dv, dg, dbeta, *sizes),
+            *(*present(k, do, q, alpha, x, x_scale, cu), dk, dk_scale, dv, dg, dbeta, *sizes),
             SCALE=scale,
             V=V,
             BV=block(V),
@@ -648,7 +655,7 @@ def launch_chunk_grads(
         )
         wrap_triton(grads_through_h_kernel)[grid](
             *(k, *present(k, gk, beta), h_chunks, state_scales, dh_chunks, dstate_scales),
-            *(*present(k, q, x, x_scale, y, y_scale, eta, cu), dk, dk_scale, dgk, dbeta, *sizes),
+            *(*present(k, x, x_scale, y, y_scale, eta, cu), dk, dk_scale, dgk, dbeta, *sizes),
             HAS_GK=gk is not None,
             **common,
             **settings("grads_through_h", k, K),

@@ -16,7 +16,6 @@ from .tile import (
     decay_weights,
     dense_rows,
     frobenius,
-    load_rows,
     load_scalars,
     load_state,
     load_tile,
@@ -90,7 +89,7 @@ def chunk_solve_kernel(
     c = decay_exponents(scalars(gk, 0.0, C, HAS_GK, AXIS=1))
     mask = decay_mask(c, C)
     gamma = tl.exp2(c)
-    phi = frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND)
+    phi = frobenius(k, key_scale, c, mask, gamma, h, h_scale, OPERAND)
     store_scalars(phi_ptr, phi, first, end, H, head, C)
     q, q_scale = unit_rows(q.to(tl.float32))
     x = solve(q.to(OPERAND), k, key_scale, mask, gamma, h, h_scale, phi, NUM_ITER, TAU, FRONT, TAIL, OPERAND)
@@ -218,7 +217,6 @@ def chunk_read_bwd_kernel(
     k_ptr,  # [rows, Hk, K]
     v_ptr,  # [rows, Hk, V]
     g_ptr,  # [rows, H]
-    alpha_ptr,  # [rows, H]
     beta_ptr,  # [rows, H]
     u_chunks_ptr,  # [S, H, K, V]
     scales_ptr,  # [S, H, 2]
@@ -228,7 +226,6 @@ def chunk_read_bwd_kernel(
     dm_ptr,  # [rows, H, K]
     dm_scale_ptr,  # [rows, H]
     dalpha_ptr,  # [rows, H]
-    mdm_ptr,  # [rows, H]
     N,
     T,
     H: tl.constexpr,
@@ -245,7 +242,7 @@ def chunk_read_bwd_kernel(
     HAS_BETA: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Grid (slots, heads). dm = scale · U do."""
+    """Grid (slots, heads). dm = scale · U do, dα = dm·(x − q)."""
     slot = tl.program_id(0)
     head = tl.program_id(1)
     if PACKED:
@@ -259,8 +256,8 @@ def chunk_read_bwd_kernel(
     u, u_scale = load_state(u_chunks_ptr, scales_ptr, matrix, 1, 0, K, V, BK, BV)
     beta = load_scalars(beta_ptr, first, end, H, head, C, HAS_BETA, AXIS=1)
     g = load_scalars(g_ptr, first, end, H, head, C, HAS_G, AXIS=1)
-    x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True, AXIS=1)
-    alpha = load_scalars(alpha_ptr, first, end, H, head, C, HAS_ALPHA, AXIS=1)
+    if HAS_ALPHA:
+        x_scale = load_scalars(x_scale_ptr, first, end, H, head, C, True, AXIS=1)
     do, do_scale = unit_rows(do.to(tl.float32))
     v, v_scale = unit_rows(v.to(tl.float32))
     k, key_scale = unit_rows(k.to(tl.float32))
@@ -271,20 +268,16 @@ def chunk_read_bwd_kernel(
     dm = product(do, tl.trans(u), OPERAND) * (tl.exp2(c) * u_scale)[:, None]
     weight, weight_scale = decay_weights(c, key_scale * v_scale, C)
     dm += product(product(do, tl.trans(v), OPERAND) * weight, k, OPERAND) * weight_scale[:, None]
-    # these two as soon as registers are free
-    x = load_tile(x_ptr, first, end, H, head, 0, K, C, BK)
-    if HAS_ALPHA:
+    if HAS_ALPHA:  # these two as soon as registers are free
+        x = load_tile(x_ptr, first, end, H, head, 0, K, C, BK)
         q = load_tile(q_ptr, first, end, H, head, 0, K, C, BK)
     dm, dm_scale = unit_rows(dm)
     dm_scale *= do_scale * SCALE
     store_rows(dm_ptr, dm, first, end, H, head, K, C, BK)
     store_scalars(dm_scale_ptr, dm_scale, first, end, H, head, C)
-    mdm = dm_scale * scalars(x_scale, 0.0, C, True, AXIS=1) * tl.sum(dm * x.to(tl.float32), 1)  # x·dm
     if HAS_ALPHA:
-        dmq = dm_scale * tl.sum(dm * q.to(tl.float32), 1)
-        store_scalars(dalpha_ptr, mdm - dmq, first, end, H, head, C)
-        mdm = dmq + scalars(alpha, 1.0, C, HAS_ALPHA, AXIS=1) * (mdm - dmq)
-    store_scalars(mdm_ptr, mdm, first, end, H, head, C)
+        dmx = scalars(x_scale, 0.0, C, True, AXIS=1) * tl.sum(dm * x.to(tl.float32), 1)
+        store_scalars(dalpha_ptr, dm_scale * (dmx - tl.sum(dm * q.to(tl.float32), 1)), first, end, H, head, C)
 
 
 @triton.jit
@@ -303,6 +296,7 @@ def chunk_solve_bwd_kernel(
     y_scale_ptr,  # [rows, H]: its factor on entry
     dq_ptr,  # [rows, H, K]
     eta_ptr,  # [rows, H]
+    dgk_ptr,  # [rows, H]
     N,
     T,
     H: tl.constexpr,
@@ -321,7 +315,11 @@ def chunk_solve_bwd_kernel(
     HAS_BETA: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Grid (slots, heads). y = (H + λI)^{-1} α dm, dq = (1 − α) dm + y, η = a (x·y)/φ."""
+    """Grid (slots, heads). y = (H + λI)^{-1} α dm, dq = (1 − α) dm + y, η = a (x·y)/φ.
+
+    dgk: at each token ⟨H_t, G_t⟩ = −y·H_t x − η φ², of what it pulls out of H_t, and at each key the parts of y·H_s x that later
+    tokens s read of it; grads_through_h_kernel adds the rest.
+    """
     slot = tl.program_id(0)
     head = tl.program_id(1)
     if PACKED:
@@ -354,8 +352,16 @@ def chunk_solve_bwd_kernel(
     y_scale *= gain * alpha * dm_scale
     store_rows(y_ptr, y, first, end, H, head, K, C, BK)
     store_scalars(y_scale_ptr, y_scale, first, end, H, head, C)
-    x = load_rows(x_ptr, first, end, H, head, K, C, BK)
-    store_scalars(eta_ptr, RIDGE_RATIO * gain * x_scale * y_scale * tl.sum(x * y.to(tl.float32), 1), first, end, H, head, C)
+    x = load_tile(x_ptr, first, end, H, head, 0, K, C, BK)
+    weight = x_scale * y_scale
+    eta = RIDGE_RATIO * gain * weight * tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+    store_scalars(eta_ptr, eta, first, end, H, head, C)
+    if HAS_GK:
+        kt = tl.trans(k)
+        pairs = product(x, kt, OPERAND) * product(y, kt, OPERAND) * decay_mask(c, C)
+        pairs *= weight[:, None] * (key_scale * key_scale)[None, :]
+        start = weight * tl.exp2(c) * h_scale * tl.sum(product(x, h, OPERAND) * y.to(tl.float32), 1)
+        store_scalars(dgk_ptr, tl.sum(pairs, 0) - tl.sum(pairs, 1) - start - eta * phi * phi, first, end, H, head, C)
     dq = y.to(tl.float32) * y_scale[:, None]
     if HAS_ALPHA:
         dq += held.to(tl.float32) * ((1.0 - alpha) * dm_scale)[:, None]
@@ -387,20 +393,20 @@ def launch_chunk_output_bwd(
     """The adjoint solve y_t = (H_t + λ_t I)^{-1} dx_t: the forward's solve again, on the cotangent.
 
     Fill ``out``: dq [B,T,H,K] in q's dtype, dalpha [B,T,H] (not written without alpha); for what follows y [B,T,H,K] stored,
-    normalised so that y_t is ``y * y_scale``; y_scale [B,T,H]; eta [B,T,H]: η_t = a (x_t·y_t)/φ_t; mdm [B,T,H]: m_t·dm_t. The
-    inputs are as in ``ops.chunk_output`` and ``ops.chunk_bwd``.
+    normalised so that y_t is ``y * y_scale``; y_scale [B,T,H]; eta [B,T,H]: η_t = a (x_t·y_t)/φ_t; dgk [B,T,H] (not
+    written without gk): see chunk_solve_bwd_kernel. The inputs are as in ``ops.chunk_output`` and ``ops.chunk_bwd``.
     """
     do, q, k, v, g, gk, alpha, beta, cu = compact(do, q, k, v, g, gk, alpha, beta, cu_seqlens)
     h_chunks, u_chunks, state_scales, x, x_scale, phi = compact(h_chunks, u_chunks, state_scales, x, x_scale, phi)
     (_, T, H, K), V = q.shape, v.shape[-1]
     grid, sizes = (h_chunks.shape[0], H), (1 if cu is None else cu.shape[0] - 1, T)
-    dq, dalpha, y, y_scale, eta, mdm = out
+    dq, dalpha, y, y_scale, eta, dgk = out
     common = shared_options(H, k, cu, C) | {"HAS_BETA": beta is not None}
     common["HAS_ALPHA"] = alpha is not None
     with on_device(q):
         wrap_triton(chunk_read_bwd_kernel)[grid](
-            *(do, q, k, v, *present(q, g, alpha, beta), u_chunks, state_scales, x, x_scale, *present(q, cu)),
-            *(y, y_scale, dalpha, mdm, *sizes),
+            *(do, q, k, v, *present(q, g, beta), u_chunks, state_scales, x, x_scale, *present(q, cu)),
+            *(y, y_scale, dalpha, *sizes),
             SCALE=scale,
             K=K,
             V=V,
@@ -412,7 +418,7 @@ def launch_chunk_output_bwd(
         )
         wrap_triton(chunk_solve_bwd_kernel)[grid](
             *(k, *present(q, gk, alpha, beta), h_chunks, state_scales, x, x_scale, phi, *present(q, cu)),
-            *(y, y_scale, dq, eta, *sizes),
+            *(y, y_scale, dq, eta, dgk, *sizes),
             K=K,
             BK=block(K),
             RIDGE_RATIO=ridge_ratio,

@@ -50,7 +50,9 @@ __all__ = [
     "unit_scale",
 ]
 
-TINY = tl.constexpr(1.1754943508222875e-38)  # below this ‖H‖_F counts as zero
+TINY = tl.constexpr(1.1754943508222875e-38)  # below this a number counts as zero
+LEAST_PHI = tl.constexpr(2.0**-100)  # and below this ‖H‖_F: q/(aφ) would leave float32
+LEAST_SQUARE = tl.constexpr(2.0**-120)  # and in a step below this its square, for squares of smaller entries lose their digits
 LOG2E = tl.constexpr(1.4426950408889634)
 LEAST_EXPONENT = tl.constexpr(-160.0)  # of a token's decay: 2^-160 is zero in float32, and more would cost what follows its digits
 
@@ -381,25 +383,28 @@ def readout(q, x, x_scale, alpha, C: tl.constexpr, HAS_ALPHA: tl.constexpr, AXIS
 
 
 @triton.jit
-def frobenius(k, key_scale, mask, gamma, h, h_scale, OPERAND: tl.constexpr):
+def frobenius(k, key_scale, c, mask, gamma, h, h_scale, OPERAND: tl.constexpr):
     """φ_t = ‖H_t‖_F [C], for keys key_scale_j k_j and a start state h_scale · h.
 
     What the keys of the chunk add, Σ_jl D_tj D_tl w_jl with w_jl = (k̂_j·k̂_l)², grows by B_t = w_tt + 2 Σ_{l<t} D_tl w_tl and
-    decays by γ²: it is Σ_s D_ts² B_s.
+    decays by γ²: it is Σ_s D_ts² B_s. Each token's sum is in units of its largest term: φ² leaves float32 where φ does not.
     """
     C: tl.constexpr = k.shape[0]
     start = inner_product(h, h)
     square_scale = key_scale * key_scale
-    unit = power_of_two(tl.maximum(h_scale, tl.max(square_scale, 0)))  # φ² would leave float32 where φ does not
-    square_scale *= reciprocal_of_power(unit)
-    start_gain = gamma * (h_scale * reciprocal_of_power(unit))
-    cross = tl.sum(product(k, h, OPERAND) * k.to(tl.float32), 1) * square_scale  # kᵀ h k of each key
+    largest = tl.associative_scan(tl.log2(square_scale) - c, 0, larger)
+    unit = power_near(c + tl.maximum(largest, tl.log2(h_scale)))
+    inverse = reciprocal_of_power(unit)
+    start_gain = gamma * h_scale * inverse
+    cross = tl.sum(product(k, h, OPERAND) * k.to(tl.float32), 1)  # kᵀ h k of each key
     gram = product(k, tl.trans(k), OPERAND)
     row = tl.arange(0, C)
     twice = tl.where(row[:, None] == row[None, :], 1.0, 2.0)
-    added = tl.sum(mask * gram * gram * twice * square_scale[None, :], 1) * square_scale
-    inner = tl.sum(mask * (2.0 * start_gain[:, None] * cross[None, :] + mask * added[None, :]), 1)
-    return unit * tl.sqrt(tl.maximum(start_gain * start_gain * start + inner, 0.0))
+    weights = mask * square_scale[None, :] * inverse[:, None]
+    added = tl.sum(weights * gram * gram * twice, 1) * unit
+    inner = tl.sum(weights * (2.0 * start_gain[:, None] * cross[None, :] + mask * inverse[:, None] * added[None, :]), 1)
+    phi = unit * tl.sqrt(tl.maximum(start_gain * start_gain * start + inner, 0.0))
+    return tl.where(phi < LEAST_PHI, 0.0, phi)
 
 
 @triton.jit
