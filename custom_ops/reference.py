@@ -34,7 +34,7 @@ __all__ = [
 
 LEAST_DECAY = {torch.float32: -111.0, torch.float64: -746.0}  # log decays of a token whose exp is zero
 TINY = torch.finfo(torch.float32).tiny  # below this a number counts as zero: its reciprocal might overflow float32
-LEAST_PHI = 2.0**-100  # and below this ‖H‖_F: q/(aφ) might
+LEAST_PHI = {torch.float32: 2.0**-100, torch.float64: TINY}  # and below this ‖H‖_F: q/(aφ) might
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -354,7 +354,7 @@ def _phi(k: Tensor, mask: Tensor, gamma: Tensor, h: Tensor) -> Tensor:
     square = start.square() * h.square().sum((-1, -2))[..., None, None] + 2 * start * (weights @ cross)
     square = square + ((weights @ gram) * weights).sum(-1, keepdim=True)
     phi = unit * square.clamp(min=0).sqrt()
-    return torch.where(phi < LEAST_PHI, 0.0, phi)
+    return torch.where(phi < LEAST_PHI[phi.dtype], 0.0, phi)
 
 
 # (z, what z reads, rhs, ridge_ratio, num_iter) to Σ c_n T_n(Z) rhs, where z(t, *what z reads) is Z t
@@ -505,7 +505,7 @@ def chunk_output_bwd(
     dalpha = hg = q.new_empty(0, dtype=dtype)
     if gk is not None:  # of an exact solve −y·q, but not of x as it is stored
         hx = gamma * (r.x @ h) + (mask * (r.x @ c.k.transpose(-1, -2))) @ c.k
-        hg = join(-(y * y_scale * hx).sum(-1) - eta * phic.squeeze(-1).square(), B, T, cu_seqlens)
+        hg = join(-(y * y_scale * hx).sum(-1) - eta * phic.squeeze(-1) * phic.squeeze(-1), B, T, cu_seqlens)  # φ² may be infinite
     if alpha is not None:
         dalpha = join((dm * (r.x - r.q)).sum(-1), B, T, cu_seqlens)
     out = [join(t, B, T, cu_seqlens) for t in (dq, y, y_scale.squeeze(-1), eta)]
@@ -670,7 +670,7 @@ def chunk_grads(
         dk_u = dk_u + vdo @ d.m
         dv = dv + (mask_ut * km) @ d.do
         if g is not None:
-            pairs = km * vdo
+            pairs = (km * vdo).triu(1)  # of a token's own key nothing is left
             dc_u = c.c_u.exp() * ((d.m @ u) * d.do).sum(-1) + pairs.sum(-2) - pairs.sum(-1)
     dk = dk_h + dk_u
     dbeta = k.new_empty(0, dtype=dtype)
