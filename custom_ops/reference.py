@@ -505,7 +505,8 @@ def chunk_output_bwd(
     dalpha = hg = q.new_empty(0, dtype=dtype)
     if gk is not None:  # of an exact solve −y·q, but not of x as it is stored
         hx = gamma * (r.x @ h) + (mask * (r.x @ c.k.transpose(-1, -2))) @ c.k
-        hg = join(-(y * y_scale * hx).sum(-1) - eta * phic.squeeze(-1) * phic.squeeze(-1), B, T, cu_seqlens)  # φ² may be infinite
+        ridge = eta * phic.squeeze(-1) * phic.squeeze(-1)  # φ² alone may leave float32
+        hg = join(-(y * y_scale * hx).sum(-1) - ridge, B, T, cu_seqlens)
     if alpha is not None:
         dalpha = join((dm * (r.x - r.q)).sum(-1), B, T, cu_seqlens)
     out = [join(t, B, T, cu_seqlens) for t in (dq, y, y_scale.squeeze(-1), eta)]
