@@ -471,7 +471,7 @@ def grads_through_u_kernel(
             s *= SCALE
             km = product(k, tl.trans(m), OPERAND)
             vdo = product(v, tl.trans(do), OPERAND) * nu
-            if HAS_G:  # what each token reads less what is read of each key, of the same products: the common part cancels in float32
+            if HAS_G:  # what each token reads less what is read of each key, of the same products: what is common cancels
                 pairs = km * vdo * (s * key_scale * value_scale)[:, None]
                 start = tl.exp2(c) * (SCALE * u_scale) * m_scale * do_scale
                 start *= tl.sum(product(m, u, OPERAND) * do.to(tl.float32), 1)
