@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from .program import BATCH, LENGTH, LanguageModel, Programs, export_program, max_length, prefill_lengths
+from .program import BATCH, LENGTH, LanguageModel, Programs, check_config, export_program, max_length, prefill_lengths
 from .sealed import Manifest, Sealed
 from .to_aoti import to_aoti
 from .to_onnx import model_names, present_name, to_onnx
@@ -80,6 +80,7 @@ def save_artifact(
         raise ValueError(f"backends: expected some of {', '.join(BACKENDS)}, each once, got {backends!r}")
     if tensorrt is not None and "tensorrt" not in backends:
         raise ValueError(f"tensorrt: expected None without backend tensorrt, got {dict(tensorrt)}")
+    check_config(model)
     folder = Path(folder)
     SEALED.check_replaceable(folder)
     if "tensorrt" in backends:

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-__all__ = ["BATCH", "LENGTH", "LanguageModel", "Programs", "export_program", "lengths_up_to", "max_length", "prefill_lengths"]
+__all__ = [
+    "BATCH",
+    "LENGTH",
+    "LanguageModel",
+    "Programs",
+    "check_config",
+    "export_program",
+    "lengths_up_to",
+    "max_length",
+    "prefill_lengths",
+]
 
 BATCH, LENGTH = "batch", "length"  # names of the dynamic dimensions
 
@@ -62,7 +72,17 @@ class _Entry(nn.Module):
         self.model, self.name, self.keys = model, name, keys
 
     def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        logits, new = getattr(self.model, self.name)(tokens, dict(zip(self.keys, state, strict=True)))
+        result = getattr(self.model, self.name)(tokens, dict(zip(self.keys, state, strict=True)))
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+            kind = "a tensor" if isinstance(result, Tensor) else type(result).__name__
+            raise TypeError(f"model.{self.name}: expected (logits, state) with a dict for a state, got {kind}")
+        logits, new = result
+        if set(new) != set(self.keys):
+            raise ValueError(f"model.{self.name}: expected the state's keys {', '.join(self.keys)}, got {', '.join(map(str, new))}")
+        for key, given in zip(self.keys, state, strict=True):
+            expected, got = (f"{x.dtype} [batch, {', '.join(map(str, x.shape[1:]))}]" for x in (given, new[key]))
+            if got != expected:
+                raise ValueError(f"model.{self.name}: expected {key} as init_state makes it, {expected}, got {got}")
         # AOTInductor reads its inputs with the example's strides and does not look: what comes out must be fit to go back in
         return logits, *(new[key].contiguous() for key in self.keys)
 
@@ -96,6 +116,17 @@ def export_program(model: LanguageModel) -> Programs:
         step=export("step", tokens[:, 0].clone(), {0: Dim(BATCH)}),
         state=state,
     )
+
+
+def check_config(model: LanguageModel) -> None:
+    """What a manifest says of a model.
+
+    Raises:
+        TypeError: model.config has no vocab_size, max_length or to_dict().
+    """
+    absent = [name for name in ("vocab_size", "max_length", "to_dict") if not hasattr(getattr(model, "config", None), name)]
+    if isinstance(model, nn.Module) and absent:
+        raise TypeError(f"model: expected a config with vocab_size, max_length and to_dict(), got one without {', '.join(absent)}")
 
 
 def max_length(model: LanguageModel, programs: Programs) -> int | None:

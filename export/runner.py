@@ -130,12 +130,11 @@ class Runner:
         length = self._length + (tokens.shape[1] if name == "prefill" else 1)
         self._check_room(argument, length)
         batch = tokens.shape[0]
-        if self._state is None:
-            self._state, self._batch = self._backend.start(batch), batch
-        if batch != self._batch:
+        state = self._backend.start(batch) if self._state is None else self._state
+        if self._state is not None and batch != self._batch:
             raise ValueError(f"{argument}: expected the {self._batch} sequences of the state, got {batch}; reset() starts anew")
-        logits, self._state = self._backend(name, tokens.to(self.device).contiguous(), self._state)
-        self._length = length
+        logits, self._state = self._backend(name, tokens.to(self.device).contiguous(), state)
+        self._length, self._batch = length, batch
         return logits
 
     def _check_room(self, argument: str, length: int) -> None:

@@ -106,6 +106,8 @@ def to_onnx(
     for argument, names, expected in (("input_names", input_names, inputs), ("output_names", output_names, outputs)):
         if len(names) != len(expected):
             raise ValueError(f"{argument}: expected the program's {len(expected)} names, got {len(names)}: {list(names)}")
+        if wrong := [n for n in names if not isinstance(n, str) or not n]:
+            raise TypeError(f"{argument}: expected names that are strings and not empty, got {wrong[0]!r}")
     every = [*input_names, *output_names]
     if twice := sorted({n for n in every if every.count(n) > 1}):
         raise ValueError(f"input_names, output_names: expected every name once, got {', '.join(twice)} more than once")

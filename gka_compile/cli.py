@@ -58,10 +58,12 @@ def demo(
     that never import the model), prints a table, and exits 1 if any of them disagrees. Where TensorRT-RTX is installed its engines
     are built as well, and run if the GPU is one of those that they are for.
     """
-    from .demo import CONFIG, PROMPT, TOLERANCE, Built, compare, train
+    from .demo import CONFIG, PROMPT, TOLERANCE, Built, compare, is_of_demo, train
     from .export.artifact import SEALED
 
     SEALED.check_replaceable(out / "artifact")
+    if (checkpoint := out / "checkpoint").exists() and not is_of_demo(checkpoint):
+        raise FileExistsError(f"out: expected no {checkpoint}, or one that an earlier demo left, got another")
     model, loss = train(CONFIG, seconds, _device(device))
     model.save(out / "checkpoint")
     console.print(f"trained to {loss:.2f} nats per byte; weights in {out / 'checkpoint'}", highlight=False)
@@ -198,7 +200,6 @@ def info(artifact: Annotated[Path | None, typer.Argument(help="An artifact to de
         ("tensorrt", "backend tensorrt"),
         ("torch-tensorrt", "TensorRT inside torch"),
         ("torch-tensorrt-rtx", "TensorRT-RTX inside torch"),
-        ("transformers", "Hugging Face checkpoints"),
     ):
         try:
             found = importlib.metadata.version(package)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from .export import DEFAULT_BACKENDS, save_artifact
 from .export.driver import Driver, DriverError
 from .model import ByteLM, ModelConfig
 
-__all__ = ["CONFIG", "PROMPT", "TOLERANCE", "Built", "Row", "compare", "corpus", "train"]
+__all__ = ["CONFIG", "PROMPT", "TOLERANCE", "Built", "Row", "compare", "corpus", "is_of_demo", "train"]
 
 CONFIG = ModelConfig(hidden_size=128, intermediate_size=256, num_heads=4, num_kv_heads=2, head_dim=32, max_length=1024)
 PROMPT = b'import os\n\n\ndef main(path):\n    """Return '
@@ -43,6 +44,15 @@ def corpus(most: int = 16_000_000) -> Tensor:
         if len(text) >= most:
             break
     return torch.frombuffer(text, dtype=torch.uint8)[:most].clone()
+
+
+def is_of_demo(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the demo's model, so that nothing is lost where the next one takes its place."""
+    config = checkpoint / "config.json"
+    try:
+        return json.loads(config.read_text()) == CONFIG.to_dict()
+    except (OSError, ValueError):
+        return False
 
 
 def _batches(text: Tensor, device: str, generator: torch.Generator) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .custom_ops import ahead, config, ops, pieces, plans, polynomial
 from .validation import check_chunk, check_ridge_ratio, check_step, check_tolerance
@@ -34,6 +35,21 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(q.device.type)
         return q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v
+
+
+def _refuse_tangents(tensors: tuple[Any, ...]) -> None:
+    """Forward-mode AD takes the ops for constants: what came out would be wrong without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            continue
+        try:
+            tangent = forward_ad.unpack_dual(x).tangent is not None
+        except RuntimeError:  # of another transform's kind, which does not say
+            tangent = True
+        if tangent:
+            raise NotImplementedError("forward-mode AD (torch.func.jvp, jacfwd) goes through no op of gka_compile: use autograd")
 
 
 def _chunk(
@@ -113,11 +129,13 @@ def chunk_gka(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+        NotImplementedError: a tangent of forward-mode AD.
     """
     given = (q, k, v, g, gk, alpha, beta, *_pair(initial_state), cu_seqlens)
     options = (scale, ridge_ratio, num_iter, initial_state is None, bool(output_final_state))
     if (done := plans.repeat(chunk_gka, given, 3, options)) is not None:
         return done[0], GKAState(*done[1:]) if output_final_state else None
+    _refuse_tangents(given)
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
     check_chunk(q, k, v, gates, scale, ridge_ratio, num_iter, initial_state, cu_seqlens)
     q, k, v = _autocast(q, k, v)
@@ -162,12 +180,14 @@ def step_gka(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+        NotImplementedError: a tangent of forward-mode AD.
     """
     before = _pair(state)
     options = (scale, ridge_ratio, num_iter, bool(inplace))
     done = plans.repeat(step_gka, (q, k, v, *before, g, gk, alpha, beta), 5, options, before if inplace else ())
     if done is not None:
         return done[0], GKAState(*(before if inplace else done[1:]))
+    _refuse_tangents((q, k, v, *before, g, gk, alpha, beta))
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
     check_step(q, k, v, state, gates, scale, ridge_ratio, num_iter)
     q, k, v = _autocast(q, k, v)

@@ -91,6 +91,13 @@ def test_a_demo_that_cannot_be_written_is_not_trained(
     told = command("demo", "--out", str(tmp_path / "file"))
     assert told.code == 2
     assert "file/artifact: expected a place in a folder, got" in " ".join(told.err.split())
+    (tmp_path / "checkpoint").mkdir()  # somebody's own
+    (tmp_path / "checkpoint" / "config.json").write_text("{}")
+    told = command("demo", "--out", str(tmp_path))
+    assert told.code == 2
+    assert "or one that an earlier demo left, got another" in " ".join(told.err.split())
+    ByteLM(demo.CONFIG).save(tmp_path / "checkpoint")
+    assert demo.is_of_demo(tmp_path / "checkpoint")
 
 
 def test_export_and_run(command: Callable[..., Told], tmp_path: Path) -> None:

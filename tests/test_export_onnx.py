@@ -150,6 +150,9 @@ def test_bad_input(step: ExportedProgram, tmp_path: Path) -> None:
     for inputs_, outputs in ((["q"], OUTPUTS), (NAMES, [])):
         with pytest.raises(ValueError, match=r"put_names: expected the program's \d names, got"):
             to_onnx(step, tmp_path / "step.onnx", inputs_, outputs)
+    for wrong in (1, ""):
+        with pytest.raises(TypeError, match=f"input_names: expected names that are strings and not empty, got {wrong!r}"):
+            to_onnx(step, tmp_path / "step.onnx", [wrong, *NAMES[1:]], OUTPUTS)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="path: expected a file in a folder that exists, got"):
         to_onnx(step, tmp_path / "nowhere" / "step.onnx", NAMES, OUTPUTS)
 

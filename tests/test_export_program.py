@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from gka_compile.export import export_program
+from gka_compile.export import export_program, save_artifact
 from gka_compile.export.portable import decompositions, inductor_decompositions, portable
 from gka_compile.export.program import Programs
 from gka_compile.model import ByteLM, ModelConfig
@@ -90,6 +93,53 @@ def test_what_cannot_be_exported_is_refused(model: ByteLM) -> None:
         export_program(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected a model in eval mode"):
         export_program(copy.deepcopy(model).train())
+
+
+class Counts(nn.Module):
+    """A language model of one number, and of what a test makes of its results."""
+
+    def __init__(self, change: Callable[..., Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def init_state(self, batch_size: int) -> dict[str, torch.Tensor]:
+        return {"seen": torch.zeros(batch_size, 4)}
+
+    def prefill(self, tokens: torch.Tensor, state: dict[str, torch.Tensor]) -> Any:
+        return self.step(tokens.sum(1), state)
+
+    def step(self, tokens: torch.Tensor, state: dict[str, torch.Tensor]) -> Any:
+        seen = state["seen"] + tokens[:, None]
+        return self.change(seen, {"seen": seen})
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (lambda x, new: x, TypeError, r"model.prefill: expected \(logits, state\) with a dict for a state, got a tensor"),
+        (lambda x, new: (x, {"other": x}), ValueError, "model.prefill: expected the state's keys seen, got other"),
+        (
+            lambda x, new: (x, {"seen": x.half()}),
+            ValueError,
+            r"expected seen as init_state makes it, torch.float32 \[batch, 4\], got torch.float16",
+        ),
+        (
+            lambda x, new: (x, {"seen": x[:, :3]}),
+            ValueError,
+            r"expected seen as init_state makes it, .* got torch.float32 \[batch, 3\]",
+        ),
+    ],
+)
+def test_results_that_cannot_go_back_in_are_refused(change: Callable[..., Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        export_program(Counts(change).eval())  # type: ignore[arg-type]
+
+
+def test_a_model_without_a_config_is_refused_before_its_export(tmp_path: Path) -> None:
+    model = Counts(lambda x, new: (x, new)).eval()
+    assert export_program(model).state["seen"].shape == (2, 4)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model: expected a config with vocab_size, max_length and to_dict"):
+        save_artifact(model, tmp_path / "artifact")  # type: ignore[arg-type]
 
 
 def test_packed_sequences_and_backward_ops_have_no_portable_form() -> None:

@@ -251,6 +251,26 @@ def test_bad_packing_is_named(bounds: list[int], message: str) -> None:
         chunk_gka(q, q, q, cu_seqlens=torch.tensor(bounds))
 
 
+def test_forward_mode_is_refused() -> None:
+    """It takes an op of torch.library for a constant: derivatives would be zero or, in a layer, a part of what they are."""
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    state = (torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8, 8))
+    calls = (
+        lambda q: chunk_gka(q, k, v)[0],
+        lambda v: chunk_gka(q, k, v)[0],
+        lambda q: step_gka(q[:, 0], k[:, 0], v[:, 0], state)[0],
+    )
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="forward-mode AD"):
+            torch.func.jvp(call, (q,), (q,))
+        with pytest.raises(NotImplementedError, match="forward-mode AD"):
+            torch.func.jacfwd(call)(q)
+    with torch.autograd.forward_ad.dual_level():
+        chunk_gka(q, k, v)
+        with pytest.raises(NotImplementedError, match="forward-mode AD"):
+            chunk_gka(q, torch.autograd.forward_ad.make_dual(k, k), v)
+
+
 def test_bad_step_is_named() -> None:
     q, h = torch.zeros(2, 4, 16), torch.zeros(2, 4, 16, 16)
     with pytest.raises(ValueError, match=r"q: expected 3 dimensions \[B,heads,width\]"):

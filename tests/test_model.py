@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import relative_error
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gka_compile.model import ByteLM, ModelConfig
@@ -268,7 +269,13 @@ def test_load_refuses(tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             ByteLM.load(tmp_path)
     config.write_text(good)
-    weights.write_bytes(weights.read_bytes()[:1000])
+    made, kept = load_file(weights), weights.read_bytes()
+    name, x = next(iter(made.items()))
+    for dtype in (torch.bfloat16, torch.int8):
+        save_file(made | {name: x.to(dtype)}, weights)
+        with pytest.raises(ValueError, match=r"model.safetensors: expected tensors of one floating dtype, got torch.*, torch"):
+            ByteLM.load(tmp_path)
+    weights.write_bytes(kept[:1000])
     with pytest.raises(ValueError, match=r"model.safetensors: expected a safetensors file"):
         ByteLM.load(tmp_path)
 

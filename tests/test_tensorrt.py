@@ -445,6 +445,8 @@ def test_sizes_outside_the_profile_are_refused(artifact: Path, fake: FakeTensorR
     runner.reset()
     with pytest.raises(ValueError, match=r"tokens: expected a shape \[1 to 3\], the engine's profile, got \[4\]"):
         runner.step(torch.zeros(4, dtype=torch.int64))
+    runner.prefill(tokens[:, :10])  # of two sequences: those four have left nothing
+    torch.testing.assert_close(runner.step(tokens[:, 10]), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_engines_for_other_machines_are_refused(

@@ -214,6 +214,9 @@ class ByteLM(nn.Module):
             wrong = sorted(name for name in expected | got if expected.get(name) != got.get(name))
             said = ", ".join(f"{name} {expected.get(name)} (got {got.get(name)})" for name in wrong[:5])
             raise ValueError(f"{paths[WEIGHTS]}: expected the tensors of {CONFIG}, but {len(wrong)} differ: {said}")
+        dtypes = {x.dtype for x in weights.values()}
+        if len(dtypes) > 1 or not all(d.is_floating_point for d in dtypes):
+            raise ValueError(f"{paths[WEIGHTS]}: expected tensors of one floating dtype, got {', '.join(sorted(map(str, dtypes)))}")
         model.load_state_dict(weights, assign=True)
         return model
 
