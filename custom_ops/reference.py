@@ -374,9 +374,14 @@ def chebyshev_series(
     return x
 
 
+def _h_chunk(t: Tensor, gamma: Tensor, mask: Tensor, k: Tensor, h: Tensor) -> Tensor:
+    """H_t t for every row t of a chunk."""
+    return gamma * (t @ h) + (mask * (t @ k.transpose(-1, -2))) @ k
+
+
 def _z_chunk(t: Tensor, start_gain: Tensor, inner: Tensor, k: Tensor, h: Tensor) -> Tensor:
     """Z_t t = 2 H_t t/φ_t − t for every row t of a chunk."""
-    return start_gain * (t @ h) + (inner * (t @ k.transpose(-1, -2))) @ k - t
+    return _h_chunk(t, start_gain, inner, k, h) - t
 
 
 def _z_step(t: Tensor, gain: Tensor, h: Tensor) -> Tensor:
@@ -504,9 +509,8 @@ def chunk_output_bwd(
     eta = ridge_ratio * (r.x * y * y_scale).sum(-1) * reciprocal(phic.squeeze(-1))
     dalpha = hg = q.new_empty(0, dtype=dtype)
     if gk is not None:  # of an exact solve −y·q, but not of x as it is stored
-        hx = gamma * (r.x @ h) + (mask * (r.x @ c.k.transpose(-1, -2))) @ c.k
         ridge = eta * phic.squeeze(-1) * phic.squeeze(-1)  # φ² alone may leave float32
-        hg = join(-(y * y_scale * hx).sum(-1) - ridge, B, T, cu_seqlens)
+        hg = join(-(y * y_scale * _h_chunk(r.x, gamma, mask, c.k, h)).sum(-1) - ridge, B, T, cu_seqlens)
     if alpha is not None:
         dalpha = join((dm * (r.x - r.q)).sum(-1), B, T, cu_seqlens)
     out = [join(t, B, T, cu_seqlens) for t in (dq, y, y_scale.squeeze(-1), eta)]

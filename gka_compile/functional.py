@@ -184,10 +184,11 @@ def step_gka(
     """
     before = _pair(state)
     options = (scale, ridge_ratio, num_iter, bool(inplace))
-    done = plans.repeat(step_gka, (q, k, v, *before, g, gk, alpha, beta), 5, options, before if inplace else ())
+    given = (q, k, v, *before, g, gk, alpha, beta)
+    done = plans.repeat(step_gka, given, 5, options, before if inplace else ())
     if done is not None:
         return done[0], GKAState(*(before if inplace else done[1:]))
-    _refuse_tangents((q, k, v, *before, g, gk, alpha, beta))
+    _refuse_tangents(given)
     gates = {"g": g, "gk": gk, "alpha": alpha, "beta": beta}
     check_step(q, k, v, state, gates, scale, ridge_ratio, num_iter)
     q, k, v = _autocast(q, k, v)

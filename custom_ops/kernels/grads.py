@@ -480,8 +480,8 @@ def grads_through_u_kernel(
             dk += product(vdo, m, OPERAND) * (s * value_scale)[:, None]
         if HAS_G:
             store_scalars(dg_ptr, dg, first, end, H, head, C)
-        dk_k = tl.sum(dk * k.to(tl.float32), 1)
         if HAS_BETA:
+            dk_k = tl.sum(dk * k.to(tl.float32), 1)
             store_scalars(dbeta_ptr, dk_k * k_unit + tl.sum(dv * v.to(tl.float32), 1) * v_unit, first, end, H, head, C)
         dk_sum += dk * beta[:, None]
         dv_sum += dv * beta[:, None]
@@ -590,8 +590,8 @@ def grads_through_h_kernel(
             dk -= inside * s[:, None]
         elif HAS_GK:
             store_scalars(dgk_ptr, dgk, first, end, H, head, C)
-        dk_k = tl.sum(dk * k.to(tl.float32), 1)
         if HAS_BETA:
+            dk_k = tl.sum(dk * k.to(tl.float32), 1)
             dbeta = scalars(load_scalars(dbeta_ptr, first, end, H, head, C, True), 0.0, C, True)
             store_scalars(dbeta_ptr, dbeta + dk_k * k_unit, first, end, H, head, C)
         dk_sum += dk * beta[:, None]

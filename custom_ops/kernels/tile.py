@@ -286,12 +286,18 @@ def power_near(exponent):
 
 
 @triton.jit
+def largest_before(c, weight):
+    """log2 of the largest D_tj weight_j up to each token, less c_t [C]; for weights that are not negative."""
+    return tl.associative_scan(tl.log2(weight) - c, 0, larger)
+
+
+@triton.jit
 def decay_weights(c, weight, C: tl.constexpr):
     """(w [C, C], s [C]) with D_tj weight_j = s_t w_tj: s_t powers of two, w_tj below 4; for weights that are not negative.
 
     The scales are a running maximum of C exponents: for a maximum over the tile, the compiler forms it a second time.
     """
-    s = power_near(c + tl.associative_scan(tl.log2(weight) - c, 0, larger))
+    s = power_near(c + largest_before(c, weight))
     return decay_mask(c, C) * weight[None, :] * reciprocal_of_power(s)[:, None], s
 
 
@@ -392,8 +398,7 @@ def frobenius(k, key_scale, c, mask, gamma, h, h_scale, OPERAND: tl.constexpr):
     C: tl.constexpr = k.shape[0]
     start = inner_product(h, h)
     square_scale = key_scale * key_scale
-    largest = tl.associative_scan(tl.log2(square_scale) - c, 0, larger)
-    unit = power_near(c + tl.maximum(largest, tl.log2(h_scale)))
+    unit = power_near(c + tl.maximum(largest_before(c, square_scale), tl.log2(h_scale)))
     inverse = reciprocal_of_power(unit)
     start_gain = gamma * h_scale * inverse
     cross = tl.sum(product(k, h, OPERAND) * k.to(tl.float32), 1)  # kᵀ h k of each key
